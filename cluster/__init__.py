@@ -1,0 +1,1 @@
+"""The life of a cluster: files and helpers around the job."""

@@ -1,0 +1,1 @@
+"""Distributed batch transcription of audio archives."""

@@ -1,0 +1,1 @@
+"""Recognisers: windows in, hypotheses out."""
