@@ -1,0 +1,20 @@
+"""`ray job submit ... -- python -m jobs.transcribe ARCHIVE OUT`: the same as `transcribe run`."""
+
+from __future__ import annotations
+
+import typer
+
+from transcribe.cli import run
+
+
+def main() -> None:
+    """Parse the same flags as `transcribe run` and exit with its code."""
+    app = typer.Typer(
+        add_completion=False, rich_markup_mode="markdown", pretty_exceptions_enable=False
+    )
+    app.command()(run)
+    app()
+
+
+if __name__ == "__main__":
+    main()

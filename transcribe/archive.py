@@ -1,0 +1,462 @@
+"""Archive -> recordings: what there is to transcribe, each with an id and an estimated duration.
+
+Owns: which objects of a folder are recordings, manifests, the recording id, duration estimates.
+Must not know: how objects are stored (`storage.py`), what is already transcribed, shards, Ray.
+
+An archive is a folder or prefix, a glob, a single file, or a manifest: a `.csv`, `.jsonl` or
+`.parquet` file with a column `uri`, whose other columns travel along as JSON.
+
+In a folder or glob, hidden files (a part of the path below the archive starts with ".") and files
+whose extension says that they are no recordings (`NOT_RECORDINGS`) are left out, and one warning
+counts them. Everything else is a recording, also without an extension or with an unknown one: if
+it turns out not to be audio, it ends as a `failed` row. A file named as the archive itself, or in
+a manifest, is never left out.
+"""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import hashlib
+import io
+import json
+import logging
+import math
+import posixpath
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import PurePosixPath
+from statistics import median
+from typing import Any, TypeVar
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from transcribe import storage
+from transcribe.errors import BadAudio, Fatal, Transient
+
+log = logging.getLogger(__name__)
+
+A = TypeVar("A")
+B = TypeVar("B")
+
+MANIFESTS = frozenset({".csv", ".jsonl", ".parquet"})
+NOT_RECORDINGS = frozenset(
+    [
+        ".txt",
+        ".md",
+        ".rst",
+        ".log",
+        ".pdf",
+        ".doc",
+        ".docx",
+        ".xls",
+        ".xlsx",
+        ".html",
+        ".htm",
+        ".jpg",
+        ".jpeg",
+        ".png",
+        ".gif",
+        ".bmp",
+        ".svg",
+        ".json",
+        ".jsonl",
+        ".csv",
+        ".tsv",
+        ".xml",
+        ".yaml",
+        ".yml",
+        ".toml",
+        ".ini",
+        ".parquet",
+        ".db",
+        ".sqlite",
+        ".md5",
+        ".sha1",
+        ".sha256",
+        ".srt",
+        ".vtt",
+        ".ass",
+        ".rttm",
+        ".textgrid",
+        ".ctm",
+        ".stm",
+        ".lab",
+        ".eaf",
+        ".py",
+        ".sh",
+        ".tmp",
+    ]
+)
+
+N_SAMPLED_PER_EXTENSION = 16
+N_LISTED_INSTEAD_OF_LOOKED_UP = 1000
+SHORTEST_S = 1.0
+# Speech costs more than this in every codec; a header that claims longer is wrong.
+LEAST_BYTES_PER_SECOND = 25.0
+
+# Bytes per second of sound as call centres commonly store it; only for what cannot be probed.
+TYPICAL_BYTES_PER_SECOND = {
+    ".wav": 16_000.0,  # G.711 in two channels, or 16-bit PCM in one, at 8 kHz
+    ".flac": 16_000.0,
+    ".mp3": 8_000.0,
+    ".m4a": 8_000.0,
+    ".mp4": 16_000.0,
+    ".aac": 8_000.0,
+    ".ogg": 4_000.0,
+    ".opus": 4_000.0,
+    ".webm": 6_000.0,
+    ".amr": 1_600.0,
+    ".gsm": 1_650.0,
+    ".g729": 1_000.0,
+}
+OTHERWISE_BYTES_PER_SECOND = 8_000.0
+
+
+@dataclass(frozen=True, slots=True)
+class Recording:
+    """One audio object of the archive.
+
+    Attributes:
+        recording_id: 32 hex digits of SHA-256 over (uri, generation, size): a replaced object is
+            another recording.
+        uri: absolute local path or full URL.
+        generation: `storage.ObjectInfo.version`; "missing" if there is no object.
+        size_bytes: length of the object.
+        content_md5: hex digest when the store gives one.
+        metadata: the other columns of the manifest as a JSON object; None without a manifest.
+        duration_s: estimated seconds, for planning only, never published.
+    """
+
+    recording_id: str
+    uri: str
+    generation: str
+    size_bytes: int
+    content_md5: str | None
+    metadata: str | None
+    duration_s: float
+
+
+def list_archive(archive: str) -> list[Recording]:
+    """List the recordings of `archive`, sorted by uri, each uri once.
+
+    Durations are told from size and extension alone; `estimate_durations` looks closer, and is
+    best asked about those recordings only that are still to be done.
+
+    Raises:
+        Fatal: there is no such archive, nothing in it is a recording, or the manifest is wrong.
+        Transient: the store does not answer, after retries.
+    """
+    url = storage.absolute(archive)
+    if _extension(url) in MANIFESTS and storage.info(url) is not None:
+        recordings = _from_manifest(url)
+    else:
+        recordings = list(_from_listing(url))
+    return sorted(recordings, key=lambda r: r.uri)
+
+
+def _recording(found: storage.ObjectInfo, metadata: str | None) -> Recording:
+    identity = json.dumps([found.uri, found.version, found.size_bytes])
+    return Recording(
+        recording_id=hashlib.sha256(identity.encode()).hexdigest()[:32],
+        uri=found.uri,
+        generation=found.version,
+        size_bytes=found.size_bytes,
+        content_md5=found.md5,
+        metadata=metadata,
+        duration_s=_plausible(None, found.size_bytes, _typical_rate(_extension(found.uri))),
+    )
+
+
+def _extension(uri: str) -> str:
+    return PurePosixPath(uri).suffix.lower()
+
+
+# ---------------------------------------------------------------- folders, globs, single files
+
+
+def _from_listing(url: str) -> Iterator[Recording]:
+    skipped: Counter[str] = Counter()
+    n_kept = 0
+    for found in storage.list_objects(url):
+        reason = None if found.uri == url else _why_not_recording(found.uri, url)
+        if reason is None:
+            n_kept += 1
+            yield _recording(found, None)
+        else:
+            skipped[reason] += 1
+    counted = ", ".join(f"{reason} {n}" for reason, n in sorted(skipped.items()))
+    if n_kept == 0:
+        seen = f"only files that are none by their names: {counted}" if skipped else "it is empty"
+        raise Fatal(f"no recordings in {url} ({seen}); name a folder, glob or manifest of audio")
+    if skipped:
+        n = skipped.total()
+        log.warning("left out %d files in %s that are no recordings: %s", n, url, counted)
+
+
+def _why_not_recording(uri: str, archive: str) -> str | None:
+    """The extension, or "hidden", for which a listed file is left out; None for a recording."""
+    # What the user spelled out is not hidden: /home/me/.audio, or /home/me/*/.audio.
+    named = archive.removeprefix("file://").split("/")
+    for i, part in enumerate(uri.removeprefix("file://").split("/")):
+        if part.startswith(".") and not (i < len(named) and named[i].startswith(".")):
+            return "hidden"
+    extension = _extension(uri)
+    return extension if extension in NOT_RECORDINGS else None
+
+
+# ---------------------------------------------------------------- manifests
+
+
+def _from_manifest(url: str) -> list[Recording]:
+    folder = url.rpartition("/")[0] or "/"
+    metadata: dict[str, str] = {}
+    repeated: list[str] = []
+    for row in _rows(url):
+        uri = _resolved(row.pop("uri"), folder)
+        if uri in metadata:
+            repeated.append(uri)
+        else:
+            metadata[uri] = _json(row)
+    if repeated:
+        log.warning(
+            "%s names %d recordings again (the first: %s); kept the first row of each",
+            url, len(repeated), repeated[0],
+        )  # fmt: skip
+    if not metadata:
+        raise Fatal(f"{url} lists no recordings; write one row for each")
+    objects = _look_up(list(metadata))
+    n_missing = sum(found.version == storage.MISSING for found in objects)
+    if n_missing:
+        log.warning("%s names %d objects that cannot be found", url, n_missing)
+    return [_recording(found, metadata[found.uri]) for found in objects]
+
+
+def _rows(url: str) -> Iterator[dict[str, Any]]:
+    """The rows of a manifest, every one with a usable `uri`."""
+    readers = {".csv": _csv_rows, ".jsonl": _jsonl_rows, ".parquet": _parquet_rows}
+    with storage.open_parquet_source(url) as file:
+        for where, row in readers[_extension(url)](url, file):
+            if "uri" not in row:
+                columns = ", ".join(sorted(row)) or "none"
+                raise Fatal(f"{url}, {where}: no column `uri` (found: {columns}); add it")
+            if not _is_usable(row["uri"]):
+                raise Fatal(f"{url}, {where}: `uri` must be the path or URL of a recording")
+            yield row
+
+
+def _is_usable(uri: object) -> bool:
+    if not isinstance(uri, str) or not uri.strip() or "\0" in uri:
+        return False
+    return _is_text(uri)
+
+
+def _is_text(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:  # half of a surrogate pair, from a JSON escape
+        return False
+    return True
+
+
+def _csv_rows(url: str, file: io.BufferedReader) -> Iterator[tuple[str, dict[str, Any]]]:
+    text = io.TextIOWrapper(file, encoding="utf-8-sig", newline="")
+    reader = csv.reader(text, strict=True)
+    try:
+        header = next(reader, [])
+        if "uri" not in header or len(set(header)) < len(header):
+            found = ", ".join(header) or "none"
+            raise Fatal(f"{url}: needs one column `uri` and no name twice (found: {found})")
+        for fields in reader:
+            where = f"line {reader.line_num}"
+            if fields and len(fields) != len(header):
+                raise Fatal(f"{url}, {where}: {len(fields)} fields for {len(header)} columns")
+            if fields:
+                yield where, dict(zip(header, fields, strict=True))
+    except (csv.Error, UnicodeDecodeError) as error:
+        raise Fatal(f"{url}, line {reader.line_num}: not CSV in UTF-8 ({error})") from error
+
+
+def _jsonl_rows(url: str, file: io.BufferedReader) -> Iterator[tuple[str, dict[str, Any]]]:
+    for number, line in enumerate(file, start=1):
+        where = f"line {number}"
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line.decode("utf-8-sig"))
+        except (ValueError, RecursionError) as error:
+            raise Fatal(f"{url}, {where}: not a JSON object on one line") from error
+        if not isinstance(row, dict):
+            raise Fatal(f"{url}, {where}: not a JSON object on one line")
+        yield where, row
+
+
+def _parquet_rows(url: str, file: io.BufferedReader) -> Iterator[tuple[str, dict[str, Any]]]:
+    try:
+        parquet = pq.ParquetFile(file)
+        columns = parquet.schema_arrow.names
+        if "uri" not in columns or len(set(columns)) < len(columns):
+            found = ", ".join(columns) or "none"
+            raise Fatal(f"{url}: needs one column `uri` and no name twice (found: {found})")
+        number = 0
+        for batch in parquet.iter_batches(batch_size=4096):
+            for row in batch.to_pylist():
+                number += 1
+                yield f"row {number}", row
+    except pa.ArrowException as error:
+        raise Fatal(f"{url}: not a Parquet file that can be read") from error
+
+
+def _resolved(uri: str, folder: str) -> str:
+    """The absolute uri of a manifest entry; relative ones are below the manifest's folder."""
+    if storage.is_remote(uri) or uri.startswith(("/", "file://")):
+        return storage.absolute(uri)
+    if not storage.is_remote(folder):
+        return storage.absolute(storage.join(folder, uri))
+    scheme, _, path = folder.partition("://")
+    return f"{scheme}://{posixpath.normpath(posixpath.join(path, uri))}"
+
+
+def _json(columns: dict[str, Any]) -> str:
+    plain = _plain(columns)
+    text = json.dumps(plain, sort_keys=True, ensure_ascii=False, allow_nan=False)
+    return text if _is_text(text) else json.dumps(plain, sort_keys=True, allow_nan=False)
+
+
+def _plain(value: Any) -> Any:  # noqa: ANN401  (whatever a Parquet or JSON manifest holds)
+    """`value` as JSON can say it: no NaN, dates as ISO 8601, bytes in hex, the rest as text."""
+    if value is None or isinstance(value, (str, bool, int)):
+        return value
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {str(key): _plain(each) for key, each in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(each) for each in value]
+    if isinstance(value, bytes):
+        return value.hex()
+    return value.isoformat() if hasattr(value, "isoformat") else str(value)
+
+
+def _look_up(uris: Sequence[str]) -> list[storage.ObjectInfo]:
+    """Describe every uri; one that is not there is `MISSING` with size 0.
+
+    A remote folder of which very many objects are wanted is listed, a thousand an answer; the
+    rest is asked for one by one.
+    """
+    wanted: dict[str, list[str]] = defaultdict(list)
+    for uri in uris:
+        wanted[uri.rpartition("/")[0]].append(uri)
+    found: dict[str, storage.ObjectInfo] = {}
+    singly: list[str] = []
+    for folder, names in wanted.items():
+        if storage.is_remote(folder) and len(names) >= N_LISTED_INSTEAD_OF_LOOKED_UP:
+            found |= _look_up_in(folder, names)
+            # A listing can be forbidden where the objects themselves are not.
+            singly += [name for name in names if name not in found]
+        else:
+            singly += names
+    for info in _in_threads(storage.info, singly, n_threads=32):
+        if info is not None:
+            found[info.uri] = info
+    return [found.get(uri) or storage.ObjectInfo(uri, 0, storage.MISSING, None) for uri in uris]
+
+
+def _look_up_in(folder: str, names: list[str]) -> dict[str, storage.ObjectInfo]:
+    wanted, last = set(names), max(names)
+    found: dict[str, storage.ObjectInfo] = {}
+    try:
+        for each in storage.list_objects(folder):
+            if each.uri in wanted:
+                found[each.uri] = each
+            if each.uri >= last:
+                break
+    except Fatal:
+        return {}
+    return found
+
+
+# ---------------------------------------------------------------- durations
+
+
+def estimate_durations(recordings: Iterable[Recording]) -> list[Recording]:
+    """Give every recording a duration in seconds, in the order given; for planning only.
+
+    Local recordings are probed one by one (64 KiB each). Of remote ones, up to
+    `N_SAMPLED_PER_EXTENSION` of every extension are, spread evenly over the archive, and their
+    median bytes per second stands for the others. What cannot be probed is judged by its size.
+    Never less than `SHORTEST_S`, never more than the size allows; the same input gives the same
+    result. An object that cannot be read is no error here: it ends as a failed row later.
+    """
+    recordings = list(recordings)
+    probed = _in_threads(_probe, _to_probe(recordings), n_threads=8)
+    seconds_of = {r.recording_id: seconds for r, seconds in probed if seconds is not None}
+    rates: dict[str, list[float]] = defaultdict(list)
+    for recording, seconds in probed:
+        if seconds is not None:
+            rates[_extension(recording.uri)].append(recording.size_bytes / seconds)
+    rate_of = {extension: median(found) for extension, found in rates.items()}
+    return [
+        dataclasses.replace(
+            r,
+            duration_s=_plausible(
+                seconds_of.get(r.recording_id),
+                r.size_bytes,
+                rate_of.get(extension) or _typical_rate(extension),
+            ),
+        )
+        for r in recordings
+        for extension in (_extension(r.uri),)
+    ]
+
+
+def _to_probe(recordings: Iterable[Recording]) -> list[Recording]:
+    chosen: list[Recording] = []
+    remote: dict[str, list[Recording]] = defaultdict(list)
+    for recording in recordings:
+        if recording.size_bytes == 0:
+            continue
+        if storage.is_remote(recording.uri):
+            remote[_extension(recording.uri)].append(recording)
+        else:
+            chosen.append(recording)
+    for alike in remote.values():
+        alike.sort(key=lambda r: (r.uri, r.recording_id))
+        n = min(N_SAMPLED_PER_EXTENSION, len(alike))
+        chosen += [alike[i * len(alike) // n] for i in range(n)]
+    return chosen
+
+
+def _probe(recording: Recording) -> tuple[Recording, float | None]:
+    # Here, not at the head: listing alone is spared the seconds that torch takes to load.
+    from transcribe import decode
+
+    try:
+        head = storage.read_range(recording.uri, 0, decode.HEAD_BYTES)
+    except (BadAudio, Transient):
+        return recording, None
+    seconds = decode.probe_seconds(head, recording.size_bytes, recording.uri)
+    usable = seconds is not None and math.isfinite(seconds) and seconds > 0
+    return recording, seconds if usable else None
+
+
+def _plausible(seconds: float | None, size_bytes: int, bytes_per_second: float) -> float:
+    if seconds is None:
+        seconds = size_bytes / bytes_per_second
+    return max(SHORTEST_S, min(seconds, size_bytes / LEAST_BYTES_PER_SECOND))
+
+
+def _typical_rate(extension: str) -> float:
+    return TYPICAL_BYTES_PER_SECOND.get(extension, OTHERWISE_BYTES_PER_SECOND)
+
+
+def _in_threads(function: Callable[[A], B], items: Sequence[A], n_threads: int) -> list[B]:
+    """Map in threads, in slices: a million futures would outweigh what they compute."""
+    size = max(1, min(256, len(items) // (4 * n_threads)))
+    slices = [items[i : i + size] for i in range(0, len(items), size)]
+    with ThreadPoolExecutor(n_threads) as pool:
+        mapped = pool.map(lambda some: [function(each) for each in some], slices)
+        return [result for some in mapped for result in some]

@@ -1,0 +1,160 @@
+"""Hypotheses -> one transcript per recording: absolute times, flags, coverage.
+
+Pure: knows windows, hypotheses and the output's fields, but no audio, files or Ray.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from transcribe.decode import SAMPLE_RATE
+from transcribe.engines.base import Hypothesis
+from transcribe.speech import Span, Window
+
+# Whisper's thresholds (Radford et al. 2022, section 4.5): what is beyond them after every
+# retry is kept in `segments`, with a flag.
+_NO_SPEECH_PROB = 0.6
+_LOW_LOGPROB = -1.0
+_LOOP_COMPRESSION_RATIO = 2.4
+
+# Flags that say "this text was probably not spoken": left out of the transcript's `text`.
+_NOT_SPOKEN = frozenset({"no_speech", "loop"})
+
+_COVERAGE_TOLERANCE_S = 0.02
+
+
+@dataclass(frozen=True, slots=True)
+class Segment:
+    """A phrase of one channel; times in seconds from the recording's start."""
+
+    channel: int
+    start: float
+    end: float
+    text: str
+    avg_logprob: float
+    compression_ratio: float
+    no_speech_prob: float
+    temperature: float
+    flags: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Coverage:
+    """Where the seconds of one channel went."""
+
+    channel: int
+    speech: float
+    silence: float
+    skipped: float
+
+
+@dataclass(frozen=True, slots=True)
+class Assembled:
+    """The spoken part of a transcript row."""
+
+    text: str
+    language: str | None
+    language_probability: float | None
+    segments: tuple[Segment, ...]
+
+
+def assemble(windows: Sequence[Window], hypotheses: Sequence[Hypothesis]) -> Assembled:
+    """Join the hypotheses of one recording's windows.
+
+    Args:
+        windows: all windows of the recording, any channel order.
+        hypotheses: one for each window, in the same order.
+
+    Returns:
+        Segments of all channels ordered by start; `text` joins those that no flag calls
+        unspoken; `language` is that of the longest-speaking hypothesis with text.
+    """
+    segments = [
+        segment
+        for window, hypothesis in zip(windows, hypotheses, strict=True)
+        for segment in _segments(window, hypothesis)
+    ]
+    segments.sort(key=lambda s: (s.start, s.channel, s.end))
+    spoken = [s.text for s in segments if not _NOT_SPOKEN & set(s.flags)]
+    language = _language(windows, hypotheses)
+    return Assembled(
+        text=" ".join(spoken),
+        language=language.language if language else None,
+        language_probability=language.language_probability if language else None,
+        segments=tuple(segments),
+    )
+
+
+def _segments(window: Window, hypothesis: Hypothesis) -> list[Segment]:
+    flags = hypothesis_flags(hypothesis)
+    return [
+        Segment(
+            channel=window.channel,
+            start=window.source_sample(round(s.start_s * SAMPLE_RATE)) / SAMPLE_RATE,
+            end=window.source_sample(round(s.end_s * SAMPLE_RATE), is_end=True) / SAMPLE_RATE,
+            text=s.text,
+            avg_logprob=hypothesis.avg_logprob,
+            compression_ratio=hypothesis.compression_ratio,
+            no_speech_prob=hypothesis.no_speech_prob,
+            temperature=hypothesis.temperature,
+            flags=flags,
+        )
+        for s in hypothesis.segments
+    ]
+
+
+def hypothesis_flags(hypothesis: Hypothesis) -> tuple[str, ...]:
+    """What is doubtful about a hypothesis: `no_speech`, `loop`, `low_confidence`."""
+    unsure = hypothesis.avg_logprob < _LOW_LOGPROB
+    flags = {
+        "no_speech": unsure and hypothesis.no_speech_prob > _NO_SPEECH_PROB,
+        "loop": hypothesis.compression_ratio > _LOOP_COMPRESSION_RATIO,
+        "low_confidence": unsure,
+    }
+    return tuple(name for name, raised in flags.items() if raised)
+
+
+def _language(windows: Sequence[Window], hypotheses: Sequence[Hypothesis]) -> Hypothesis | None:
+    speaking = [(w.n_samples, h) for w, h in zip(windows, hypotheses, strict=True) if h.segments]
+    return max(speaking, key=lambda pair: pair[0])[1] if speaking else None
+
+
+def coverage(channel: int, n_samples: int, spans: Sequence[Span]) -> Coverage:
+    """Account for one channel: what is not in a span is silence."""
+    speech = sum(span.n_samples for span in spans)
+    return Coverage(
+        channel=channel,
+        speech=speech / SAMPLE_RATE,
+        silence=(n_samples - speech) / SAMPLE_RATE,
+        skipped=0.0,
+    )
+
+
+def coverage_breach(n_samples: int, spans: Sequence[Span], windows: Sequence[Window]) -> str | None:
+    """Prove that one channel's speech is recognised once and whole.
+
+    Args:
+        n_samples: the channel's length in samples.
+        spans: its speech.
+        windows: its windows.
+
+    Returns:
+        None when spans lie in the channel without overlap and every one of their samples is
+        in exactly one window; else a sentence that says what is wrong.
+    """
+    end = 0
+    for span in spans:
+        if span.start < end or span.end > n_samples or span.n_samples <= 0:
+            return f"speech span {span.start}-{span.end} overlaps or leaves the channel"
+        end = span.end
+    pieces = sorted((p.start, p.end) for w in windows for p in w.pieces)
+    heard = sum(_overlap(span, start, stop) for span in spans for start, stop in pieces)
+    speech = sum(span.n_samples for span in spans)
+    if abs(heard - speech) > _COVERAGE_TOLERANCE_S * SAMPLE_RATE:
+        return f"{(speech - heard) / SAMPLE_RATE:+.3f} s of speech are in no window or in two"
+    return None
+
+
+def _overlap(span: Span, start: int, stop: int) -> int:
+    return max(0, min(span.end, stop) - max(span.start, start))

@@ -1,0 +1,197 @@
+"""The `transcribe` command: flags in, exit code out.
+
+Owns wording of the help and the meaning of exit codes (0 done, 1 done but too many
+recordings failed, 2 could not be done, 130 interrupted). All work is in `run.py`.
+"""
+
+from __future__ import annotations
+
+import os
+from importlib.metadata import version
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+from transcribe.config import EMBEDDED_MODEL, RunConfig
+from transcribe.errors import TranscribeError
+
+app = typer.Typer(
+    help="Transcribe archives of audio recordings on Ray: one Parquet row per recording.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode="markdown",
+    pretty_exceptions_enable=False,
+)
+
+_SPEECH = "What is heard"
+_PLACE = "Where it runs"
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"transcribe {version('transcribe')}")
+        raise typer.Exit
+
+
+@app.callback()
+def _common(
+    show_version: Annotated[
+        bool,
+        typer.Option("--version", help="Show the version and exit.", callback=_print_version),
+    ] = False,
+) -> None:
+    """Transcribe archives of audio recordings on Ray: one Parquet row per recording."""
+
+
+@app.command()
+def run(
+    archive: Annotated[
+        str,
+        typer.Argument(
+            help="Recordings: a directory, a prefix (`gs://bucket/calls`), a glob, one file, or a"
+            " manifest (CSV, JSONL or Parquet with a `uri` column; other columns are carried"
+            " through as `metadata`).",
+            show_default=False,
+        ),
+    ],
+    out: Annotated[
+        str,
+        typer.Argument(
+            help="Where transcripts and reports go: a directory or a prefix. Run the same command"
+            " again to go on after an interruption or to add new recordings.",
+            show_default=False,
+        ),
+    ],
+    model: Annotated[
+        str,
+        typer.Option(help="Embedded model, or the path of a CTranslate2 Whisper directory."),
+    ] = EMBEDDED_MODEL,
+    language: Annotated[
+        str | None,
+        typer.Option(
+            help="Language of all speech (`en`, `de`, ...); left out, it is detected from each"
+            " recording's speech.",
+            rich_help_panel=_SPEECH,
+        ),
+    ] = None,
+    channels: Annotated[
+        str,
+        typer.Option(
+            help="`split` keeps channels apart, `mix` averages them, `auto` splits unless they"
+            " carry the same signal.",
+            rich_help_panel=_SPEECH,
+        ),
+    ] = "auto",
+    speakers: Annotated[
+        str,
+        typer.Option(
+            help="Who is on which channel, in channel order: `agent,customer`.",
+            rich_help_panel=_SPEECH,
+        ),
+    ] = "",
+    max_failed: Annotated[
+        float,
+        typer.Option(help="Largest share of failed recordings that still exits 0."),
+    ] = 0.05,
+    address: Annotated[
+        str | None,
+        typer.Option(
+            help="Ray cluster to join (`auto` for the one on this machine). Left out: $RAY_ADDRESS"
+            " if set, which a submitted job has, else an embedded Ray on this machine.",
+            rich_help_panel=_PLACE,
+        ),
+    ] = None,
+    device: Annotated[
+        str,
+        typer.Option(
+            help="`cpu`, `cuda`, or `auto`: GPUs if there are any.", rich_help_panel=_PLACE
+        ),
+    ] = "auto",
+    workers: Annotated[
+        int | None,
+        typer.Option(
+            help="Engines at work at once; left out, one per GPU or CPU core.",
+            rich_help_panel=_PLACE,
+        ),
+    ] = None,
+    shard_minutes: Annotated[
+        float | None,
+        typer.Option(
+            help="Audio minutes worked on and published together; left out, 1/64 of the archive,"
+            " from 2 to 60 minutes.",
+            rich_help_panel=_PLACE,
+        ),
+    ] = None,
+    wait_for_workers: Annotated[
+        float,
+        typer.Option(
+            help="Seconds to wait for the cluster to bring up a first worker.",
+            rich_help_panel=_PLACE,
+        ),
+    ] = 600.0,
+) -> None:
+    """Transcribe ARCHIVE into OUT.
+
+    Every recording ends as exactly one row of `OUT/transcripts/*.parquet`: `ok`, `empty` (no
+    speech) or `failed` (with the reason). Recordings that have a row are not done again.
+    """
+    console = Console()
+    try:
+        # What the user wrote is checked before anything heavy is imported.
+        names = tuple(n.strip() for n in speakers.split(",")) if speakers else ()
+        config = RunConfig(
+            archive=archive,
+            out=out,
+            model=model,
+            language=language,
+            channels=channels,  # type: ignore[arg-type]  # RunConfig checks it
+            speakers=names,
+            device=device,  # type: ignore[arg-type]
+            workers=workers,
+            shard_minutes=shard_minutes,
+            max_failed=max_failed,
+            wait_for_workers_s=wait_for_workers,
+        )
+        result = _run(config, address or os.environ.get("RAY_ADDRESS"), console)
+    except TranscribeError as error:
+        _complain(error)
+        raise typer.Exit(2) from None
+    except KeyboardInterrupt:
+        _complain("Interrupted; what is published stays. Run the same command again to go on.")
+        raise typer.Exit(130) from None
+    raise typer.Exit(_exit_code(result, max_failed, console))
+
+
+def _run(config: RunConfig, address: str | None, console: Console) -> dict[str, Any]:
+    from transcribe import run as driver
+    from transcribe.progress import print_summary
+
+    result = driver.transcribe(config, address, console)
+    if result["recordings"]:
+        print_summary(console, result)
+    else:
+        console.print("Nothing left to do.")
+    return result
+
+
+def _exit_code(result: dict[str, Any], max_failed: float, console: Console) -> int:
+    counts = result["published"]
+    total = sum(counts.values())
+    share = counts["failed"] / total if total else 0.0
+    if share <= max_failed:
+        return 0
+    console.print(
+        f"{counts['failed']} of {total} recordings in {result['out']} failed ({share:.1%}), more"
+        f" than --max-failed {max_failed:.1%}. The transcripts are kept; see error_message."
+    )
+    return 1
+
+
+def _complain(message: object) -> None:
+    Console(stderr=True).print(f"Error: {message}", style="red", highlight=False, markup=False)
+
+
+def main() -> None:
+    """Entry point of the `transcribe` command."""
+    app()

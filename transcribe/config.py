@@ -1,0 +1,115 @@
+"""The settings of a run: frozen, validated once at the edge, passed everywhere.
+
+Owns which settings exist, what they may be, and which of them change the result
+(`fingerprint`). Knows nothing of storage, audio or Ray.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass
+from typing import Any, Literal, get_args
+
+from transcribe.errors import Fatal
+
+ChannelMode = Literal["auto", "split", "mix"]
+Device = Literal["auto", "cpu", "cuda"]
+
+EMBEDDED_MODEL = "whisper-base"
+
+# Whisper's published language codes (openai/whisper, tokenizer.py: LANGUAGES); the
+# checkpoint has the last word, this list only catches typing errors before a run starts.
+LANGUAGES = frozenset(
+    "en zh de es ru ko fr ja pt tr pl ca nl ar sv it id hi fi vi he uk el ms cs ro da hu ta no th"
+    " ur hr bg lt la mi ml cy sk te fa lv bn sr az sl kn et mk br eu is hy ne mn bs kk sq sw gl mr"
+    " pa si km sn yo so af oc ka be tg sd gu am yi lo uz fo ht ps tk nn mt sa lb my bo tl mg as tt"
+    " haw ln ha ba jw su yue".split()
+)
+
+
+@dataclass(frozen=True, slots=True)
+class RunConfig:
+    """Everything the user decides about one run.
+
+    Attributes:
+        archive: directory, prefix, glob, single file or manifest of recordings.
+        out: where transcripts and reports go.
+        model: embedded model name or path of a CTranslate2 Whisper directory.
+        language: ISO code of all speech, or None to detect it per recording.
+        channels: `split` keeps every channel apart, `mix` averages them, `auto` splits
+            unless the channels carry the same signal.
+        speakers: role names of the channels, in channel order.
+        device: where recognition runs.
+        workers: engine actors; None takes what the machine or cluster has.
+        shard_minutes: audio minutes in a shard; None lets the planner choose.
+        max_failed: largest share of failed recordings (0 to 1) of a successful run.
+        wait_for_workers_s: seconds to wait for a cluster to offer a first worker.
+    """
+
+    archive: str
+    out: str
+    model: str = EMBEDDED_MODEL
+    language: str | None = None
+    channels: ChannelMode = "auto"
+    speakers: tuple[str, ...] = ()
+    device: Device = "auto"
+    workers: int | None = None
+    shard_minutes: float | None = None
+    max_failed: float = 0.05
+    wait_for_workers_s: float = 600.0
+
+    def __post_init__(self) -> None:
+        """Reject what cannot work, naming the flag.
+
+        Raises:
+            Fatal: a value is out of range.
+        """
+        if self.language is not None and self.language not in LANGUAGES:
+            raise Fatal(
+                f"--language {self.language!r} is not a Whisper language code;"
+                " use a code such as en, de or es, or leave it out to detect it."
+            )
+        if self.channels not in get_args(ChannelMode):
+            raise Fatal(f"--channels must be auto, split or mix, not {self.channels!r}.")
+        if self.device not in get_args(Device):
+            raise Fatal(f"--device must be auto, cpu or cuda, not {self.device!r}.")
+        if self.workers is not None and self.workers < 1:
+            raise Fatal(f"--workers must be at least 1, not {self.workers}.")
+        if self.shard_minutes is not None and not 0 < self.shard_minutes <= 24 * 60:
+            raise Fatal(
+                f"--shard-minutes must be above 0 and at most 1440, not {self.shard_minutes}."
+            )
+        if not 0 <= self.max_failed <= 1:
+            raise Fatal(f"--max-failed is a share from 0 to 1, not {self.max_failed}.")
+        if not self.wait_for_workers_s >= 0:
+            raise Fatal(f"--wait-for-workers must be 0 or more, not {self.wait_for_workers_s}.")
+        if any(not name.strip() for name in self.speakers):
+            raise Fatal("--speakers has an empty name; write it like --speakers agent,customer.")
+
+    def as_dict(self) -> dict[str, Any]:
+        """All settings as plain JSON values."""
+        return {**asdict(self), "speakers": list(self.speakers)}
+
+
+def result_settings(config: RunConfig, model_revision: str, engine: str) -> dict[str, Any]:
+    """The settings that change what is written into a transcript.
+
+    Speed settings (device, workers, shard size) are left out on purpose: a run may be
+    finished on other hardware than it was begun on.
+    """
+    return {
+        "format": 1,
+        "model": config.model,
+        "model_revision": model_revision,
+        "engine": engine,
+        "language": config.language,
+        "channels": config.channels,
+        "speakers": list(config.speakers),
+    }
+
+
+def fingerprint(settings: dict[str, Any]) -> str:
+    """16 hex digits that are equal exactly when `settings` are (SHA-256 of sorted JSON)."""
+    canonical = json.dumps(settings, sort_keys=True, ensure_ascii=False)
+    return hashlib.sha256(canonical.encode()).hexdigest()[:16]

@@ -1,0 +1,234 @@
+"""The pipeline's steps as Ray Data tasks and actors.
+
+The only module that imports Ray. Adds scheduling, nothing about audio: shards flow as rows
+through decode tasks, a pool of engine actors and publish tasks; what comes back to the
+driver is one small summary per shard.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import pickle
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import ray
+import ray.data
+import ray.exceptions
+
+from transcribe import pipeline
+from transcribe.config import Device
+from transcribe.engines.load import load_engine
+from transcribe.errors import Fatal, TranscribeError
+from transcribe.pipeline import Job, ShardSummary
+from transcribe.shards import Shard
+
+_PUBLISH_CPUS = 0.01  # writing is waiting; a share of its own also keeps Ray from fusing it
+_DECODE_CPUS = 1.0
+_ENGINE_CPUS = 0.98  # differs from decode's, or Ray Data would fuse both into one actor
+_GPU_ENGINE_CPUS = 0.5
+
+
+@dataclass(frozen=True, slots=True)
+class Placement:
+    """What the cluster will run: engine actors and where."""
+
+    device: str
+    workers: int
+
+
+def connect(address: str | None, workers: int | None) -> None:
+    """Join the cluster at `address`, or start an embedded one on this machine.
+
+    The embedded one counts more CPUs than there are: engines keep the cores busy, and decode
+    tasks, which are short, must never wait for an engine to end.
+
+    Raises:
+        Fatal: there is no cluster at that address.
+    """
+    quiet: dict[str, Any] = {
+        "logging_level": logging.ERROR,
+        "log_to_driver": False,
+        "include_dashboard": False,
+    }
+    if address is None:
+        cores = len(os.sched_getaffinity(0))
+        ray.init(address="local", num_cpus=max(cores, workers or 0) + cores + 1, **quiet)
+        return
+    quiet.pop("include_dashboard")
+    try:
+        ray.init(address=address, **quiet)
+    except (ConnectionError, ValueError, RuntimeError, ray.exceptions.RayError) as error:
+        raise Fatal(
+            f"No Ray cluster answers at {address!r} ({_first_line(error)});"
+            " start one with `ray start --head`, or leave --address out to use this machine."
+        ) from None
+
+
+def disconnect() -> None:
+    """Leave the cluster; an embedded one ends."""
+    ray.shutdown()
+
+
+def place(
+    device: Device, workers: int | None, wait_s: float, say: Callable[[str], None]
+) -> Placement:
+    """Decide how many engines run where, waiting for machines if none is there yet.
+
+    Args:
+        device: `auto` takes GPUs if the cluster has any.
+        workers: engines wanted; None takes one per GPU, or one per CPU core.
+        wait_s: how long an autoscaling cluster may take to bring up the first machine.
+        say: told what is being waited for.
+
+    Raises:
+        Fatal: the cluster does not offer what one engine needs within `wait_s`.
+    """
+    deadline = time.monotonic() + wait_s
+    said = False
+    while True:
+        resources = ray.cluster_resources()
+        placement = _fit(device, workers, resources)
+        if placement is not None:
+            return placement
+        need = "a GPU and a CPU" if device == "cuda" else "2 CPUs"
+        has = f"{resources.get('CPU', 0):g} CPUs and {resources.get('GPU', 0):g} GPUs"
+        if time.monotonic() >= deadline:
+            raise Fatal(
+                f"The cluster cannot run this job: it needs {need} and has {has}."
+                " Add a worker node, or check --device and --workers."
+            )
+        if not said:
+            say(
+                f"Waiting up to {wait_s:.0f} s for a worker: the job needs {need}, there are {has}."
+            )
+            said = True
+        time.sleep(1.0)
+
+
+def _fit(device: Device, workers: int | None, resources: dict[str, float]) -> Placement | None:
+    """Engines that fit now; None when not even one fits beside a decode task."""
+    cpus, gpus = resources.get("CPU", 0.0), int(resources.get("GPU", 0))
+    if device == "cuda" or (device == "auto" and gpus):
+        room = min(gpus, int((cpus - _DECODE_CPUS) / _GPU_ENGINE_CPUS))
+        return Placement("cuda", min(workers or room, room)) if room >= 1 else None
+    # One CPU stays free for decoding: Ray Data waits for ever if its actors take them all.
+    room = int((cpus - _DECODE_CPUS) / _ENGINE_CPUS)
+    if room < 1:
+        return None
+    return Placement("cpu", min(workers or _cores(cpus), room))
+
+
+def _cores(cpus: float) -> int:
+    """CPU engines by default: as many as real cores on one machine, else one per CPU but one."""
+    nodes = [n for n in ray.nodes() if n.get("Alive")]
+    if len(nodes) == 1:
+        return min(len(os.sched_getaffinity(0)), max(1, int(cpus) - 1))
+    return max(1, int(cpus) - 1)
+
+
+def run_shards(shards: Sequence[Shard], job: Job, workers: int) -> Iterator[ShardSummary]:
+    """Transcribe and publish the shards on the connected cluster, in any order.
+
+    Raises:
+        Fatal: a stage said that the run cannot go on, or Ray gave up on it.
+    """
+    _quieten_ray_data()
+    dataset = (
+        ray.data.from_items(
+            [{"shard": pickle.dumps(shard)} for shard in shards],
+            override_num_blocks=max(1, len(shards)),
+        )
+        .map(_decode, fn_kwargs={"job": job}, num_cpus=_DECODE_CPUS)
+        .map(
+            _Recogniser,
+            fn_constructor_kwargs={"job": job},
+            compute=ray.data.ActorPoolStrategy(size=workers, max_tasks_in_flight_per_actor=2),
+            **_engine_resources(job.device),
+        )
+        .map(_publish, fn_kwargs={"job": job}, num_cpus=_PUBLISH_CPUS)
+    )
+    try:
+        for row in dataset.iter_rows():
+            outcome = pickle.loads(row["outcome"])
+            if isinstance(outcome, _Stop):
+                raise Fatal(outcome.sentence)
+            yield outcome
+    except ray.exceptions.RayError as error:
+        raise Fatal(f"Ray gave up on the run: {_first_line(error)}") from error
+
+
+def _engine_resources(device: str) -> dict[str, float]:
+    if device == "cuda":
+        return {"num_gpus": 1, "num_cpus": _GPU_ENGINE_CPUS}
+    return {"num_cpus": _ENGINE_CPUS}
+
+
+def _quieten_ray_data() -> None:
+    context = ray.data.DataContext.get_current()
+    context.enable_progress_bars = False
+    context.print_on_execution_start = False
+    logging.getLogger("ray.data").setLevel(logging.ERROR)
+
+
+def _first_line(error: BaseException) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[-1][:300] if lines else type(error).__name__
+
+
+@dataclass(frozen=True, slots=True)
+class _Stop:
+    """A stage's word that the whole run must stop; travels like a result."""
+
+    sentence: str
+
+
+# ---- what runs on the workers -----------------------------------------------------------
+# Rows carry one pickled object each: our own values between our own processes. Ray Data
+# then sees one plain bytes column, whose size it can account for.
+
+_Row = dict[str, Any]
+
+
+def _decode(row: _Row, job: Job) -> _Row:
+    shard: Shard = pickle.loads(row["shard"])
+    return {"decoded": _guarded(lambda: pipeline.decode_shard(shard, job.config))}
+
+
+class _Recogniser:
+    """An engine, loaded once an actor."""
+
+    def __init__(self, job: Job) -> None:
+        self._job = job
+        self._engine = load_engine(job)
+
+    def __call__(self, row: _Row) -> _Row:
+        decoded = pickle.loads(row["decoded"])
+        if isinstance(decoded, _Stop):
+            return {"recognised": row["decoded"]}
+        return {
+            "recognised": _guarded(
+                lambda: pipeline.recognise_shard(decoded, self._engine, self._job)
+            )
+        }
+
+
+def _publish(row: _Row, job: Job) -> _Row:
+    recognised = pickle.loads(row["recognised"])
+    if isinstance(recognised, _Stop):
+        return {"outcome": row["recognised"]}
+    return {"outcome": _guarded(lambda: pipeline.publish_shard(recognised, job.config.out))}
+
+
+def _guarded(step: Callable[[], object]) -> bytes:
+    """The step's pickled result, or the sentence that stops the run.
+
+    Only our own errors are turned: anything else is a defect and keeps its traceback.
+    """
+    try:
+        return pickle.dumps(step(), protocol=5)
+    except TranscribeError as error:
+        return pickle.dumps(_Stop(str(error)))

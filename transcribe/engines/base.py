@@ -1,0 +1,91 @@
+"""What every recogniser promises: N windows in, N hypotheses out, in the same order.
+
+Knows nothing of recordings, files or Ray. Times are seconds from the window's start.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from transcribe.errors import TranscribeError
+
+
+@dataclass(frozen=True, slots=True)
+class EngineInput:
+    """One window to recognise.
+
+    Attributes:
+        samples: int16 mono at 16 kHz, shape `[n_samples]`, at most 30 s.
+        group: windows with the same group come from one recording and so share a language.
+    """
+
+    samples: npt.NDArray[np.int16]
+    group: int
+
+
+@dataclass(frozen=True, slots=True)
+class HypothesisSegment:
+    """A phrase: text between two times (seconds from the window's start)."""
+
+    start_s: float
+    end_s: float
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class Hypothesis:
+    """What an engine heard in one window.
+
+    Attributes:
+        segments: phrases in time order; empty when nothing was heard.
+        language: language code the window was read in; None if the model has none.
+        language_probability: how sure the engine is of it (1.0 when it was told).
+        avg_logprob: mean natural-log probability per token.
+        compression_ratio: bytes of text over bytes of its zlib compression (Radford et
+            al. 2022, section 4.5): repetition shows as a high ratio.
+        no_speech_prob: probability that the window holds no speech.
+        temperature: sampling temperature that gave the text; 0 is greedy.
+    """
+
+    segments: tuple[HypothesisSegment, ...]
+    language: str | None = None
+    language_probability: float = 1.0
+    avg_logprob: float = 0.0
+    compression_ratio: float = 0.0
+    no_speech_prob: float = 0.0
+    temperature: float = 0.0
+
+    @property
+    def text(self) -> str:
+        """The segments' text in one line."""
+        return " ".join(s.text for s in self.segments)
+
+
+class Engine(Protocol):
+    """A loaded recogniser."""
+
+    name: str
+    device: str
+
+    def recognise(self, windows: Sequence[EngineInput]) -> list[Hypothesis]:
+        """One hypothesis per window, in order."""
+        ...
+
+
+def recognise_checked(engine: Engine, windows: Sequence[EngineInput]) -> list[Hypothesis]:
+    """`engine.recognise`, refusing a result of another length.
+
+    Raises:
+        TranscribeError: the engine lost or invented a window.
+    """
+    hypotheses = engine.recognise(windows)
+    if len(hypotheses) != len(windows):
+        raise TranscribeError(
+            f"engine {engine.name} returned {len(hypotheses)} hypotheses for {len(windows)} windows"
+        )
+    return hypotheses

@@ -1,0 +1,384 @@
+"""The way of the data, in plain Python: the reference for the Ray run.
+
+    list the archive -> subtract what is done -> cut the rest into shards
+    -> decode each shard -> find the speech -> pack windows -> recognise them
+    -> assemble per recording -> publish one Parquet file per shard
+
+Owns the order of the steps and their timing. Knows nothing of Ray: `distributed.py` calls
+the same `decode_shard`, `recognise_shard` and `publish_shard` in tasks and actors.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import platform
+import resource
+import sys
+import time
+from collections import deque
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+
+import numpy as np
+import numpy.typing as npt
+
+from transcribe import decode, rows, storage
+from transcribe.archive import Recording
+from transcribe.assemble import Coverage, assemble, coverage, coverage_breach
+from transcribe.config import ChannelMode, RunConfig
+from transcribe.engines.base import Engine, EngineInput, Hypothesis, recognise_checked
+from transcribe.errors import BadAudio, TranscribeError
+from transcribe.publish import publish_shard as write_shard
+from transcribe.shards import Shard
+from transcribe.speech import SpeechDetector, Window, is_dual_mono, pack_windows
+
+_READ_AHEAD = 4  # objects fetched while one is decoded: hides a bucket's latency
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """The recipe of a run, small enough to send to every worker."""
+
+    config: RunConfig
+    run_id: str
+    model_revision: str
+    engine: str
+    config_fingerprint: str
+    device: str
+
+
+@dataclass(frozen=True, slots=True)
+class DecodedRecording:
+    """A recording after decoding: its windows with their samples, or why there are none."""
+
+    recording: Recording
+    decode_seconds: float
+    facts: rows.AudioFacts | None = None
+    windows: tuple[Window, ...] = ()
+    samples: tuple[npt.NDArray[np.int16], ...] = ()
+    coverage: tuple[Coverage, ...] = ()
+    problem: BadAudio | None = None
+
+
+@dataclass(slots=True)
+class StageSeconds:
+    """Seconds that a shard spent in each stage, on one worker's clock."""
+
+    read: float = 0.0
+    decode: float = 0.0
+    speech_detection: float = 0.0
+    recognise: float = 0.0
+    assemble: float = 0.0
+    publish: float = 0.0
+    decode_queue: float = 0.0
+    publish_queue: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class DecodedShard:
+    """A shard ready for an engine."""
+
+    shard_id: str
+    recordings: tuple[DecodedRecording, ...]
+    seconds: StageSeconds
+    peak_bytes: int
+    started_at: float
+    finished_at: float = field(default_factory=time.time)
+
+
+@dataclass(frozen=True, slots=True)
+class RecognisedShard:
+    """A shard's finished rows, and what they cost."""
+
+    shard_id: str
+    rows: list[rows.Row]
+    windows: int
+    seconds: StageSeconds
+    device: str
+    worker: str
+    decode_peak_bytes: int
+    recognise_peak_bytes: int
+    started_at: float
+    finished_at: float = field(default_factory=time.time)
+
+
+@dataclass(frozen=True, slots=True)
+class ShardSummary:
+    """What the driver learns of a published shard: counts and times, no text."""
+
+    shard_id: str
+    recordings: int
+    ok: int
+    empty: int
+    failed: int
+    audio_seconds: float
+    channel_seconds: float
+    speech_seconds: float
+    windows: int
+    seconds: StageSeconds
+    device: str
+    node: str
+    worker: str
+    decode_peak_bytes: int
+    recognise_peak_bytes: int
+    started_at: float
+    finished_at: float
+    failures: dict[str, int]
+
+
+def run_shards(shards: Sequence[Shard], job: Job, engine: Engine) -> Iterator[ShardSummary]:
+    """Transcribe and publish shard after shard in this process."""
+    for shard in shards:
+        decoded = decode_shard(shard, job.config)
+        recognised = recognise_shard(decoded, engine, job)
+        yield publish_shard(recognised, job.config.out)
+
+
+# ---- decode ---------------------------------------------------------------------------
+
+
+def decode_shard(shard: Shard, config: RunConfig) -> DecodedShard:
+    """Fetch, decode and find the speech of every recording of a shard.
+
+    A recording that cannot be decoded is carried on with its `problem`; nothing is dropped.
+
+    Raises:
+        Transient: the storage stayed unreachable through all retries.
+    """
+    seconds = StageSeconds()
+    started_at = time.time()
+    decoded = []
+    for recording, fetched in _read_ahead(shard.recordings):
+        started = time.perf_counter()
+        data = _wait(fetched)
+        seconds.read += time.perf_counter() - started
+        decoded.append(_decode_recording(recording, data, config.channels, seconds))
+    return DecodedShard(shard.shard_id, tuple(decoded), seconds, peak_bytes(), started_at)
+
+
+def _read_ahead(
+    recordings: Sequence[Recording],
+) -> Iterator[tuple[Recording, Future[bytes]]]:
+    """Each recording with its bytes on the way, `_READ_AHEAD` of them at a time."""
+    with ThreadPoolExecutor(_READ_AHEAD) as pool:
+        waiting: deque[tuple[Recording, Future[bytes]]] = deque()
+        for recording in recordings:
+            waiting.append((recording, pool.submit(storage.read, recording.uri)))
+            if len(waiting) > _READ_AHEAD:
+                yield waiting.popleft()
+        yield from waiting
+
+
+def _wait(fetched: Future[bytes]) -> bytes | BadAudio:
+    try:
+        return fetched.result()
+    except BadAudio as problem:
+        return problem
+
+
+def _decode_recording(
+    recording: Recording, data: bytes | BadAudio, mode: ChannelMode, seconds: StageSeconds
+) -> DecodedRecording:
+    started = time.perf_counter()
+    try:
+        if isinstance(data, BadAudio):
+            raise data
+        audio = decode.decode(data, recording.uri)
+    except BadAudio as problem:
+        spent = time.perf_counter() - started
+        seconds.decode += spent
+        return DecodedRecording(recording, spent, problem=problem)
+    between = time.perf_counter()
+    seconds.decode += between - started
+    windows, samples, covered = _find_speech(audio.samples, mode)
+    ended = time.perf_counter()
+    seconds.speech_detection += ended - between
+    facts = rows.AudioFacts(
+        audio.container, audio.codec, audio.sample_rate, len(audio.samples), audio.duration_s
+    )
+    return DecodedRecording(
+        recording, ended - started, facts, windows, samples, covered, audio.problem
+    )
+
+
+@functools.cache
+def _detector() -> SpeechDetector:
+    """One speech detector a process."""
+    return SpeechDetector()
+
+
+def _find_speech(
+    samples: npt.NDArray[np.int16], mode: ChannelMode
+) -> tuple[tuple[Window, ...], tuple[npt.NDArray[np.int16], ...], tuple[Coverage, ...]]:
+    """Windows of all channels (`samples`: `[n_channels, n_samples]`), cut, and coverage.
+
+    Raises:
+        TranscribeError: the windows would lose or double speech (a defect, never published).
+    """
+    heard = select_channels(samples, mode)
+    windows: list[Window] = []
+    cuts: list[npt.NDArray[np.int16]] = []
+    covered = []
+    for channel, channel_samples in enumerate(heard):
+        spans = _detector().spans(channel_samples)
+        packed = pack_windows(spans, channel)
+        if breach := coverage_breach(len(channel_samples), spans, packed):
+            raise TranscribeError(f"channel {channel}: {breach}")
+        windows.extend(packed)
+        cuts.extend(window.cut(channel_samples) for window in packed)
+        covered.append(coverage(channel, len(channel_samples), spans))
+    if mode != "mix":  # dual mono: the other channels say the same and are skipped
+        duration = samples.shape[1] / decode.SAMPLE_RATE
+        for channel in range(len(heard), len(samples)):
+            covered.append(Coverage(channel, speech=0.0, silence=0.0, skipped=duration))
+    return tuple(windows), tuple(cuts), tuple(covered)
+
+
+def select_channels(samples: npt.NDArray[np.int16], mode: ChannelMode) -> npt.NDArray[np.int16]:
+    """The channels to recognise, shape `[n_heard, n_samples]`, by `--channels`."""
+    if len(samples) == 1 or mode == "split":
+        return samples
+    if mode == "mix":
+        mixed = np.rint(samples.mean(axis=0, dtype=np.float32))
+        return mixed.astype(np.int16)[None]
+    return samples[:1] if is_dual_mono(samples) else samples
+
+
+# ---- recognise ------------------------------------------------------------------------
+
+
+def recognise_shard(decoded: DecodedShard, engine: Engine, job: Job) -> RecognisedShard:
+    """Recognise the windows of all recordings of a shard together; build their rows."""
+    seconds = decoded.seconds
+    seconds.decode_queue = max(0.0, time.time() - decoded.finished_at)
+    started = time.perf_counter()
+    inputs = [
+        EngineInput(samples, group)
+        for group, recording in enumerate(decoded.recordings)
+        for samples in recording.samples
+    ]
+    hypotheses = recognise_checked(engine, inputs) if inputs else []
+    between = time.perf_counter()
+    seconds.recognise = between - started
+    made = _shard_rows(decoded, hypotheses, job, engine)
+    seconds.assemble = time.perf_counter() - between
+    return RecognisedShard(
+        shard_id=decoded.shard_id,
+        rows=made,
+        windows=len(inputs),
+        seconds=seconds,
+        device=engine.device,
+        worker=_worker(),
+        decode_peak_bytes=decoded.peak_bytes,
+        recognise_peak_bytes=peak_bytes(),
+        started_at=decoded.started_at,
+    )
+
+
+def _shard_rows(
+    decoded: DecodedShard, hypotheses: Sequence[Hypothesis], job: Job, engine: Engine
+) -> list[rows.Row]:
+    provenance = rows.provenance_columns(_provenance(decoded, job, engine))
+    total = sum(len(s) for r in decoded.recordings for s in r.samples)
+    made = []
+    first = 0
+    for recording in decoded.recordings:
+        own = hypotheses[first : first + len(recording.windows)]
+        first += len(recording.windows)
+        share = sum(len(s) for s in recording.samples) / total if total else 0.0
+        made.append(
+            {
+                **_row(recording, own, job.config),
+                **provenance,
+                "decode_seconds": recording.decode_seconds,
+                "recognise_seconds": share * decoded.seconds.recognise,
+            }
+        )
+    return made
+
+
+def _row(
+    decoded: DecodedRecording, hypotheses: Sequence[Hypothesis], config: RunConfig
+) -> rows.Row:
+    if decoded.facts is None:
+        problem = decoded.problem or BadAudio("corrupt", "nothing could be decoded")
+        return rows.failed_row(decoded.recording, None, problem)
+    speakers = config.speakers if config.channels != "mix" else ()
+    return rows.spoken_row(
+        decoded.recording,
+        decoded.facts,
+        assemble(decoded.windows, hypotheses),
+        decoded.coverage,
+        decoded.problem,
+        speakers,
+    )
+
+
+def _provenance(decoded: DecodedShard, job: Job, engine: Engine) -> rows.Provenance:
+    return rows.Provenance(
+        model=job.config.model,
+        model_revision=job.model_revision,
+        engine=engine.name,
+        config_fingerprint=job.config_fingerprint,
+        run_id=job.run_id,
+        shard_id=decoded.shard_id,
+        worker=_worker(),
+        node=platform.node(),
+        device=engine.device,
+        transcribed_at=datetime.now(UTC),
+    )
+
+
+def _worker() -> str:
+    return f"{platform.node()}:{os.getpid()}"
+
+
+def peak_bytes() -> int:
+    """Largest resident size of this process so far, in bytes."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+# ---- publish --------------------------------------------------------------------------
+
+
+def publish_shard(recognised: RecognisedShard, out: str) -> ShardSummary:
+    """Write a shard's file and sum it up for the driver."""
+    seconds = recognised.seconds
+    seconds.publish_queue = max(0.0, time.time() - recognised.finished_at)
+    started = time.perf_counter()
+    write_shard(out, recognised.shard_id, recognised.rows)
+    seconds.publish = time.perf_counter() - started
+    return _summary(recognised)
+
+
+def _summary(recognised: RecognisedShard) -> ShardSummary:
+    made = recognised.rows
+    statuses = [row["status"] for row in made]
+    failures: dict[str, int] = {}
+    for row in made:
+        if row["status"] == "failed":
+            failures[row["error_kind"]] = failures.get(row["error_kind"], 0) + 1
+    return ShardSummary(
+        shard_id=recognised.shard_id,
+        recordings=len(made),
+        ok=statuses.count("ok"),
+        empty=statuses.count("empty"),
+        failed=statuses.count("failed"),
+        audio_seconds=sum(row.get("duration") or 0.0 for row in made),
+        channel_seconds=sum((r.get("duration") or 0.0) * (r.get("channels") or 0) for r in made),
+        speech_seconds=sum(row.get("speech_duration") or 0.0 for row in made),
+        windows=recognised.windows,
+        seconds=recognised.seconds,
+        device=recognised.device,
+        node=platform.node(),
+        worker=recognised.worker,
+        decode_peak_bytes=recognised.decode_peak_bytes,
+        recognise_peak_bytes=recognised.recognise_peak_bytes,
+        started_at=recognised.started_at,
+        finished_at=time.time(),
+        failures=failures,
+    )

@@ -1,0 +1,177 @@
+"""Shard results -> Parquet files, and what is already there.
+
+Owns the layout of OUT and the rules that keep it right: a shard's file appears whole or not
+at all, its name comes from the shard's content, and one recording ends with one row. Knows
+nothing of audio or Ray.
+
+    OUT/settings.json            what the transcripts were made with; one OUT, one settings
+    OUT/transcripts/<shard>.parquet
+    OUT/runs/<run_id>/           config.json, log.txt, metrics.parquet, report.json
+"""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from transcribe import schema, storage
+from transcribe.errors import Fatal
+
+Row = dict[str, Any]
+
+
+def transcripts_url(out: str) -> str:
+    """Folder of the transcripts."""
+    return storage.join(out, "transcripts")
+
+
+def run_url(out: str, run_id: str, name: str) -> str:
+    """A file of one run."""
+    return storage.join(out, "runs", run_id, name)
+
+
+def parquet_bytes(rows: Sequence[Row], table_schema: pa.Schema) -> bytes:
+    """Rows as one zstd-compressed Parquet file."""
+    return _table_bytes(pa.Table.from_pylist(list(rows), schema=table_schema))
+
+
+def _table_bytes(table: pa.Table) -> bytes:
+    sink = io.BytesIO()
+    pq.write_table(table, sink, compression="zstd")
+    return sink.getvalue()
+
+
+def publish_shard(out: str, shard_id: str, rows: Sequence[Row]) -> str:
+    """Write one shard's transcripts in one atomic step; returns the file's URL."""
+    url = storage.join(transcripts_url(out), f"{shard_id}.parquet")
+    storage.put(url, parquet_bytes(rows, schema.TRANSCRIPT))
+    return url
+
+
+@dataclass(frozen=True, slots=True)
+class Published:
+    """Where each published row is: parallel columns, newest row last."""
+
+    table: pa.Table
+
+    @property
+    def recording_ids(self) -> set[str]:
+        """Ids of all recordings that have a row."""
+        return set(self.table["recording_id"].to_pylist())
+
+
+_INDEX_COLUMNS = ["recording_id", "uri", "transcribed_at"]
+
+
+def read_published(out: str) -> Published:
+    """Index every published row by recording, without its text.
+
+    Raises:
+        Fatal: a transcript file cannot be read.
+    """
+    tables = []
+    for url in _transcript_files(out):
+        table = _read(url, _INDEX_COLUMNS)
+        tables.append(table.append_column("file", pa.array([url] * len(table), pa.string())))
+    empty = pa.schema(
+        [*(schema.TRANSCRIPT.field(c) for c in _INDEX_COLUMNS), ("file", pa.string())]
+    )
+    table = pa.concat_tables(tables) if tables else empty.empty_table()
+    return Published(table.sort_by("transcribed_at"))
+
+
+def _transcript_files(out: str) -> list[str]:
+    try:
+        listed = list(storage.list_objects(transcripts_url(out)))
+    except Fatal:  # nothing there yet
+        return []
+    return [o.uri for o in listed if o.uri.endswith(".parquet")]
+
+
+def _read(url: str, columns: list[str] | None = None) -> pa.Table:
+    try:
+        with storage.open_parquet_source(url) as source:
+            return pq.read_table(source, columns=columns)
+    except (pa.ArrowInvalid, KeyError) as error:
+        raise Fatal(
+            f"{url} is not a transcript file of this program ({error});"
+            " move it away, and its recordings will be transcribed again."
+        ) from None
+
+
+def settle(out: str) -> int:
+    """Leave one row for each recording: the newest row of a URI wins.
+
+    A changed object, or a shard that a dying cluster published late, leaves an older row
+    behind. Files that hold such rows are rewritten without them, each in one atomic step,
+    so that a run that ends in the middle of this loses nothing.
+
+    Returns:
+        Number of superseded rows removed.
+    """
+    table = read_published(out).table
+    newest: dict[str, int] = {uri: i for i, uri in enumerate(table["uri"].to_pylist())}
+    kept = set(newest.values())
+    stale_files: dict[str, int] = {}
+    for i, url in enumerate(table["file"].to_pylist()):
+        if i not in kept:
+            stale_files[url] = stale_files.get(url, 0) + 1
+    for url in stale_files:
+        _rewrite(url, _kept_uris(table, kept, url))
+    return sum(stale_files.values())
+
+
+def _kept_uris(table: pa.Table, kept: Iterable[int], url: str) -> set[tuple[str, str]]:
+    files, ids, uris = (table[c].to_pylist() for c in ("file", "recording_id", "uri"))
+    return {(ids[i], uris[i]) for i in kept if files[i] == url}
+
+
+def _rewrite(url: str, keep: set[tuple[str, str]]) -> None:
+    if not keep:
+        storage.delete(url)
+        return
+    table = _read(url)
+    pairs = zip(table["recording_id"].to_pylist(), table["uri"].to_pylist(), strict=True)
+    mask = pa.array([pair in keep for pair in pairs], pa.bool_())
+    storage.put(url, _table_bytes(table.filter(mask)))
+
+
+def status_counts(out: str) -> dict[str, int]:
+    """Number of published rows by status, over everything in OUT."""
+    counts: dict[str, int] = {"ok": 0, "empty": 0, "failed": 0}
+    for url in _transcript_files(out):
+        for entry in pc.value_counts(_read(url, ["status"])["status"]).to_pylist():
+            counts[entry["values"]] = counts.get(entry["values"], 0) + entry["counts"]
+    return counts
+
+
+def claim_settings(out: str, settings: dict[str, Any]) -> None:
+    """Make sure that everything in OUT is made with the same settings.
+
+    Raises:
+        Fatal: OUT was begun with others; the sentence names what differs.
+    """
+    url = storage.join(out, "settings.json")
+    if not storage.exists(url):
+        storage.put(url, json.dumps(settings, indent=2, sort_keys=True).encode())
+        return
+    try:
+        before = json.loads(storage.read(url))
+    except ValueError:
+        raise Fatal(f"{url} is damaged (not JSON); restore it or choose another OUT.") from None
+    differing = sorted(k for k in {*settings, *before} if settings.get(k) != before.get(k))
+    if differing:
+        changes = "; ".join(
+            f"{k}: {before.get(k)!r} there, {settings.get(k)!r} now" for k in differing
+        )
+        raise Fatal(
+            f"{out} holds transcripts made with other settings ({changes})."
+            " Use the same settings to go on with it, or another OUT."
+        )

@@ -1,0 +1,125 @@
+"""Shard summaries -> the run's throughput report.
+
+Pure arithmetic and plain data: knows nothing of Ray, storage or terminals. RTFx is audio
+seconds per wall second; a recording counts once, however many channels it has.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, field, fields
+from datetime import UTC, datetime
+from typing import Any
+
+from transcribe.pipeline import ShardSummary, StageSeconds
+
+_WORK_STAGES = ("read", "decode", "speech_detection", "recognise", "assemble", "publish")
+
+
+@dataclass(slots=True)
+class Totals:
+    """Sums over the shards that are finished so far."""
+
+    recordings: int = 0
+    ok: int = 0
+    empty: int = 0
+    failed: int = 0
+    audio_seconds: float = 0.0
+    channel_seconds: float = 0.0
+    speech_seconds: float = 0.0
+    windows: int = 0
+    shards: int = 0
+    stages: StageSeconds = field(default_factory=StageSeconds)
+    failures: dict[str, int] = field(default_factory=dict)
+
+    def add(self, summary: ShardSummary) -> None:
+        """Count one more shard."""
+        self.shards += 1
+        for name in ("recordings", "ok", "empty", "failed", "windows"):
+            setattr(self, name, getattr(self, name) + getattr(summary, name))
+        for name in ("audio_seconds", "channel_seconds", "speech_seconds"):
+            setattr(self, name, getattr(self, name) + getattr(summary, name))
+        for stage in fields(StageSeconds):
+            spent = getattr(self.stages, stage.name) + getattr(summary.seconds, stage.name)
+            setattr(self.stages, stage.name, spent)
+        for kind, count in summary.failures.items():
+            self.failures[kind] = self.failures.get(kind, 0) + count
+
+
+@dataclass(frozen=True, slots=True)
+class RunFacts:
+    """What a run was, for its report."""
+
+    run_id: str
+    archive: str
+    out: str
+    model: str
+    engine: str
+    device: str
+    workers: int
+    archive_recordings: int
+    already_transcribed: int
+    superseded: int
+    startup_seconds: float
+    processing_seconds: float
+    total_seconds: float
+    driver_peak_bytes: int
+
+
+def report(facts: RunFacts, totals: Totals, summaries: Sequence[ShardSummary]) -> dict[str, Any]:
+    """The content of `report.json`; keys are documented in docs/output.md."""
+    return {
+        **asdict(facts),
+        "recordings": totals.recordings,
+        "ok": totals.ok,
+        "empty": totals.empty,
+        "failed": totals.failed,
+        "failures": dict(sorted(totals.failures.items())),
+        "shards": totals.shards,
+        "audio_seconds": totals.audio_seconds,
+        "channel_seconds": totals.channel_seconds,
+        "speech_seconds": totals.speech_seconds,
+        "windows": totals.windows,
+        "rtfx": _ratio(totals.audio_seconds, facts.processing_seconds),
+        "rtfx_with_startup": _ratio(totals.audio_seconds, facts.total_seconds),
+        "stages": {name: _stage(totals, name) for name in _WORK_STAGES},
+        "queue_seconds": {
+            "before_recognise": totals.stages.decode_queue,
+            "before_publish": totals.stages.publish_queue,
+        },
+        "worker_busy_share": _ratio(
+            totals.stages.recognise, facts.workers * facts.processing_seconds
+        ),
+        "peak_bytes": {
+            "driver": facts.driver_peak_bytes,
+            "decode_worker": max((s.decode_peak_bytes for s in summaries), default=0),
+            "engine_worker": max((s.recognise_peak_bytes for s in summaries), default=0),
+        },
+    }
+
+
+def _stage(totals: Totals, name: str) -> dict[str, float | None]:
+    """A stage's seconds, summed over workers, and its audio seconds per second."""
+    spent: float = getattr(totals.stages, name)
+    return {"seconds": spent, "rtfx": _ratio(totals.audio_seconds, spent)}
+
+
+def _ratio(amount: float, seconds: float) -> float | None:
+    return amount / seconds if seconds > 0 else None
+
+
+def metric_rows(run_id: str, summaries: Iterable[ShardSummary]) -> list[dict[str, Any]]:
+    """Rows of `metrics.parquet` (`schema.METRICS`), one per shard."""
+    return [_metric_row(run_id, summary) for summary in summaries]
+
+
+def _metric_row(run_id: str, summary: ShardSummary) -> dict[str, Any]:
+    row = asdict(summary)
+    row.pop("failures")
+    seconds = row.pop("seconds")
+    row.update({f"{name}_seconds": value for name, value in seconds.items()})
+    row["run_id"] = run_id
+    row["rtfx"] = _ratio(summary.audio_seconds, summary.seconds.recognise)
+    for name in ("started_at", "finished_at"):
+        row[name] = datetime.fromtimestamp(row[name], UTC)
+    return row

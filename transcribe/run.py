@@ -1,0 +1,235 @@
+"""One run from the archive's listing to the report: the driver's side.
+
+Owns the order of the steps that happen once a run. The work on shards is behind
+`distributed.run_shards`; what a recording goes through is in `pipeline.py`.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import logging
+import secrets
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import Any
+
+from rich.console import Console
+
+from transcribe import distributed, models, publish, schema, storage
+from transcribe.archive import Recording, estimate_durations, list_archive
+from transcribe.config import RunConfig, fingerprint, result_settings
+from transcribe.engines.load import FAKE_MODEL
+from transcribe.engines.whisper_ct2 import WhisperCT2
+from transcribe.errors import Fatal, TranscribeError
+from transcribe.pipeline import Job, ShardSummary, peak_bytes
+from transcribe.progress import ProgressDisplay
+from transcribe.report import RunFacts, Totals, metric_rows, report
+from transcribe.shards import Shard, plan_shards
+
+_LOG = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What a run has to do."""
+
+    config: RunConfig
+    run_id: str
+    model_revision: str
+    engine: str
+    config_fingerprint: str
+    archive_recordings: int
+    already_transcribed: int
+    shards: list[Shard]
+
+    @property
+    def duration_s(self) -> float:
+        """Planned audio seconds."""
+        return sum(shard.duration_s for shard in self.shards)
+
+
+def new_run_id() -> str:
+    """Sortable by time, unique without asking anybody."""
+    return f"{datetime.now(UTC):%Y%m%dT%H%M%SZ}-{secrets.token_hex(2)}"
+
+
+def prepare(config: RunConfig, say: Callable[[str], None]) -> Plan:
+    """List the archive, subtract what is done, cut the rest into shards.
+
+    Everything that can be refused is refused here, before a worker starts.
+
+    Raises:
+        Fatal: a missing archive, an unwritable OUT, an unknown model, other settings in OUT.
+    """
+    recordings = list_archive(config.archive)
+    storage.check_writable(config.out)
+    revision, engine = _model_facts(config)
+    settings = result_settings(config, revision, engine)
+    publish.claim_settings(config.out, settings)
+    superseded = publish.settle(config.out)
+    if superseded:
+        say(f"Removed {superseded} rows that an earlier run had left superseded.")
+    remaining = _subtract(recordings, publish.read_published(config.out).recording_ids)
+    done = len(recordings) - len(remaining)
+    if done:
+        say(f"{done:,} of {len(recordings):,} recordings already transcribed.")
+    shards = plan_shards(estimate_durations(remaining), config.shard_minutes)
+    return Plan(
+        config=config,
+        run_id=new_run_id(),
+        model_revision=revision,
+        engine=engine,
+        config_fingerprint=fingerprint(settings),
+        archive_recordings=len(recordings),
+        already_transcribed=done,
+        shards=shards,
+    )
+
+
+def _model_facts(config: RunConfig) -> tuple[str, str]:
+    if config.model == FAKE_MODEL:
+        return "fake", "fake"
+    return models.resolve(config.model).revision, WhisperCT2.name
+
+
+def _subtract(recordings: Sequence[Recording], done: set[str]) -> list[Recording]:
+    return [r for r in recordings if r.recording_id not in done]
+
+
+def transcribe(config: RunConfig, address: str | None, console: Console) -> dict[str, Any]:
+    """Do one whole run; see `prepare` and `execute` for what they raise."""
+    plan = prepare(config, console.print)
+    with _log_kept(plan):
+        return execute(plan, address, console)
+
+
+@contextmanager
+def _log_kept(plan: Plan) -> Iterator[None]:
+    """Collect the driver's log and store it as the run's `log.txt`, however the run ends."""
+    lines = io.StringIO()
+    handler = logging.StreamHandler(lines)
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    logger = logging.getLogger("transcribe")
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    try:
+        yield
+    except TranscribeError as error:
+        _LOG.error("%s", error)
+        raise
+    finally:
+        logger.removeHandler(handler)
+        if plan.shards:
+            url = publish.run_url(plan.config.out, plan.run_id, "log.txt")
+            storage.put(url, lines.getvalue().encode())
+
+
+def execute(plan: Plan, address: str | None, console: Console) -> dict[str, Any]:
+    """Run the plan on Ray and write the report.
+
+    Returns:
+        The content of report.json.
+
+    Raises:
+        Fatal: no cluster, nothing fits on it, or a stage had to stop the run. What is
+            published by then stays.
+    """
+    started = time.monotonic()
+    config = plan.config
+    if not plan.shards:
+        return _finish(plan, distributed.Placement("cpu", 0), [], started, started)
+    distributed.connect(address, config.workers)
+    try:
+        placement = distributed.place(
+            config.device, config.workers, config.wait_for_workers_s, console.print
+        )
+        job = Job(
+            config=config,
+            run_id=plan.run_id,
+            model_revision=plan.model_revision,
+            engine=plan.engine,
+            config_fingerprint=plan.config_fingerprint,
+            device=placement.device,
+        )
+        _write(plan, "config.json", {**config.as_dict(), "fingerprint": plan.config_fingerprint})
+        summaries, first_work = _work(plan, job, placement, console)
+    finally:
+        distributed.disconnect()
+    return _finish(plan, placement, summaries, started, first_work)
+
+
+def _work(
+    plan: Plan, job: Job, placement: distributed.Placement, console: Console
+) -> tuple[list[ShardSummary], float]:
+    """Drain the shards; returns their summaries and when (monotonic) work began."""
+    planned = {shard.shard_id: shard.duration_s for shard in plan.shards}
+    totals = Totals()
+    summaries: list[ShardSummary] = []
+    done = 0.0
+    with ProgressDisplay(console, plan.duration_s) as display:
+        for summary in distributed.run_shards(plan.shards, job, placement.workers):
+            totals.add(summary)
+            summaries.append(summary)
+            done += planned.pop(summary.shard_id, 0.0)
+            display.update(totals, done)
+            _LOG.info(
+                "shard %s: %d recordings, %d failed, %.0f s audio on %s",
+                summary.shard_id,
+                summary.recordings,
+                summary.failed,
+                summary.audio_seconds,
+                summary.worker,
+            )
+    if planned:
+        raise Fatal(
+            f"{len(planned)} of {len(plan.shards)} shards did not come back from Ray;"
+            " what is published stays. Run the same command again to do the rest."
+        )
+    first = min((s.started_at for s in summaries), default=time.time())
+    return summaries, time.monotonic() - (time.time() - first)
+
+
+def _finish(
+    plan: Plan,
+    placement: distributed.Placement,
+    summaries: list[ShardSummary],
+    started: float,
+    first_work: float,
+) -> dict[str, Any]:
+    superseded = publish.settle(plan.config.out) if summaries else 0
+    totals = Totals()
+    for summary in summaries:
+        totals.add(summary)
+    now = time.monotonic()
+    facts = RunFacts(
+        run_id=plan.run_id,
+        archive=plan.config.archive,
+        out=plan.config.out,
+        model=plan.config.model,
+        engine=plan.engine,
+        device=placement.device,
+        workers=placement.workers,
+        archive_recordings=plan.archive_recordings,
+        already_transcribed=plan.already_transcribed,
+        superseded=superseded,
+        startup_seconds=first_work - started,
+        processing_seconds=now - first_work,
+        total_seconds=now - started,
+        driver_peak_bytes=peak_bytes(),
+    )
+    result = report(facts, totals, summaries)
+    result["published"] = publish.status_counts(plan.config.out)
+    if summaries:
+        metrics = publish.parquet_bytes(metric_rows(plan.run_id, summaries), schema.METRICS)
+        storage.put(publish.run_url(plan.config.out, plan.run_id, "metrics.parquet"), metrics)
+        _write(plan, "report.json", result)
+    return result
+
+
+def _write(plan: Plan, name: str, content: dict[str, Any]) -> None:
+    url = publish.run_url(plan.config.out, plan.run_id, name)
+    storage.put(url, json.dumps(content, indent=2, sort_keys=True).encode())

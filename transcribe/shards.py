@@ -1,0 +1,69 @@
+"""Recordings -> shards: the unit of scheduling, retry and commit.
+
+Pure: the same recordings give the same shards on any machine, with any number of workers.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from transcribe.archive import Recording
+
+_MIN_MINUTES = 2.0
+_MAX_MINUTES = 60.0
+_SHARDS_WANTED = 64  # enough to share out evenly, to see progress, and to lose little
+_MAX_RECORDINGS = 5_000  # keeps one shard of many tiny files from becoming a straggler
+
+
+@dataclass(frozen=True, slots=True)
+class Shard:
+    """Recordings that are decoded, recognised and published together."""
+
+    shard_id: str
+    recordings: tuple[Recording, ...]
+
+    @property
+    def duration_s(self) -> float:
+        """Planned audio seconds (estimates)."""
+        return sum(r.duration_s for r in self.recordings)
+
+
+def plan_shards(recordings: Sequence[Recording], shard_minutes: float | None = None) -> list[Shard]:
+    """Cut the archive, in the order of its URIs, into shards of about equal audio time.
+
+    Args:
+        recordings: what is to be transcribed, each with its (estimated) duration.
+        shard_minutes: audio minutes per shard; None takes 1/64 of the archive, between 2
+            and 60 minutes: small enough to share out, large enough to fill batches.
+
+    Returns:
+        Shards that hold every recording exactly once. A shard is longer than wanted only
+        when it is a single recording.
+    """
+    ordered = sorted(recordings, key=lambda r: (r.uri, r.recording_id))
+    if shard_minutes is None:
+        total_minutes = sum(r.duration_s for r in ordered) / 60
+        shard_minutes = min(_MAX_MINUTES, max(_MIN_MINUTES, total_minutes / _SHARDS_WANTED))
+    return [Shard(_shard_id(group), tuple(group)) for group in _groups(ordered, shard_minutes * 60)]
+
+
+def _groups(ordered: Iterable[Recording], limit_s: float) -> Iterable[list[Recording]]:
+    group: list[Recording] = []
+    seconds = 0.0
+    for recording in ordered:
+        full = seconds + recording.duration_s > limit_s or len(group) >= _MAX_RECORDINGS
+        if group and full:
+            yield group
+            group, seconds = [], 0.0
+        group.append(recording)
+        seconds += recording.duration_s
+    if group:
+        yield group
+
+
+def _shard_id(recordings: Sequence[Recording]) -> str:
+    """16 hex digits of SHA-256 over the sorted recording ids."""
+    content = "\n".join(sorted(r.recording_id for r in recordings))
+    return hashlib.sha256(content.encode()).hexdigest()[:16]

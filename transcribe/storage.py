@@ -1,0 +1,784 @@
+"""Objects by name: list, read, read a range, put whole, delete; local folders and buckets alike.
+
+Owns every call to fsspec and gcsfs, the retries, and the one place where the errors of file
+systems, HTTP and credentials become `BadAudio`, `Transient` or `Fatal`. It must not know what a
+recording, a manifest or a Parquet row is, and it must not import anything else of this package
+but the error tree.
+
+Local files never pass through fsspec: its URL parsing stumbles over `#`, `?`, `%` and brackets in
+names. A local name that is not UTF-8 is listed as a percent-encoded `file://` URL, so that every
+`uri` is text that can be written to Parquet; all functions here take both spellings.
+
+File systems are made on first use, per process and per emulator address, so functions of this
+module work in forked and spawned workers. Buckets use Google's default credentials; with
+STORAGE_EMULATOR_HOST set they use none.
+"""
+
+from __future__ import annotations
+
+import base64
+import errno
+import functools
+import io
+import logging
+import os
+import random
+import re
+import secrets
+import stat
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+from urllib.parse import quote, unquote_to_bytes
+
+import fsspec
+
+from transcribe.errors import BadAudio, Fatal, TranscribeError, Transient
+
+log = logging.getLogger(__name__)
+
+T = TypeVar("T")
+Action = Literal["read", "list", "write", "write to", "delete", "open"]
+
+MISSING = "missing"
+"""`ObjectInfo.version` of a name behind which no content was found (a broken symlink)."""
+
+TRIES = 5
+LAST_TRY_STARTS_WITHIN_S = 20.0
+FIRST_WAIT_S = 0.5
+
+# Network mounts answer with these when a server is away for a moment.
+_PASSING_ERRNOS = frozenset(
+    {errno.EAGAIN, errno.EBUSY, errno.EINTR, errno.EIO, errno.EMFILE, errno.ENFILE, errno.ENETDOWN}
+    | {errno.ENETUNREACH, errno.ESTALE, errno.ETIMEDOUT, errno.ECONNRESET, errno.EHOSTUNREACH}
+)
+_ABSENT_ERRNOS = frozenset({errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG})
+_FORBIDDEN_ERRNOS = frozenset({errno.EACCES, errno.EPERM})
+
+_SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://")
+_GLOB_SIGNS = re.compile(r"[*?\[]")
+
+
+@dataclass(frozen=True, slots=True)
+class ObjectInfo:
+    """One stored object as its listing describes it.
+
+    Attributes:
+        uri: absolute local path (or `file://` URL of a name that is not UTF-8), or full URL.
+        size_bytes: length of the content.
+        version: generation, else etag, else modification time in ns; changes when the content
+            is replaced; `MISSING` where nothing could be read behind the name.
+        md5: hex digest of the content when the store gives one.
+    """
+
+    uri: str
+    size_bytes: int
+    version: str
+    md5: str | None
+
+
+# ---------------------------------------------------------------- names
+
+
+def absolute(url: str) -> str:
+    """Give the one spelling of `url` that the rest of the package uses.
+
+    Relative paths, `~` and `file://` URLs (percent-decoded) become absolute local paths; other
+    URLs stay as they are. A trailing slash is dropped. Symlinks are not resolved.
+    """
+    if is_remote(url):
+        scheme = _SCHEME.match(url)
+        assert scheme is not None
+        return url[: scheme.end()] + url[scheme.end() :].rstrip("/")
+    # Path.absolute() keeps "..", and resolve() would follow symlinks: names would change.
+    # Path.expanduser() raises for a "~name" that is no user.
+    return _local_uri(os.path.abspath(os.path.expanduser(_local(url))))  # noqa: PTH100, PTH111
+
+
+def is_remote(uri: str) -> bool:
+    """Say whether `uri` is a URL other than `file://`."""
+    scheme = _SCHEME.match(uri)
+    return scheme is not None and scheme.group(1).lower() != "file"
+
+
+def join(base: str, *parts: str) -> str:
+    """Put `parts` below `base` with single slashes between them."""
+    joined = base
+    for part in parts:
+        joined = f"{joined.rstrip('/')}/{part.strip('/')}"
+    return joined
+
+
+def _local(uri: str) -> str:
+    """The path for the operating system of a local `uri`."""
+    if uri[:7].lower() != "file://":
+        return uri
+    path = uri[7:]
+    if not path.startswith("/"):  # file://host/path: the host is this machine or nothing
+        path = path[path.find("/") :] if "/" in path else "/" + path
+    return os.fsdecode(unquote_to_bytes(path))
+
+
+def _local_uri(path: str) -> str:
+    if not path.isascii():
+        try:
+            path.encode()
+        except UnicodeEncodeError:
+            return "file://" + quote(os.fsencode(path))
+    return path
+
+
+def _shown(uri: str) -> str:
+    """`uri` for a message: without what may be a secret (user:password@, signed query)."""
+    if uri[:4].lower() == "http":
+        uri = uri.partition("?")[0]
+    return re.sub(r"//[^/@]*@", "//", uri) if is_remote(uri) else uri
+
+
+# ---------------------------------------------------------------- listing
+
+
+def list_objects(url: str) -> Iterator[ObjectInfo]:
+    """List what `url` stands for, in order of path, one by one.
+
+    `url` is a single object, a folder or prefix (everything below it, to any depth; a prefix ends
+    at a slash: `calls/2026` does not stand for `calls/2026-01`), or a glob (`*`, `?`, `[a-z]`
+    within one level, `**` over levels; a folder that matches stands for everything below it). It
+    is read as a glob only if nothing has that literal name. Only folders are left out. Symlinks
+    are followed, except back to a folder they are in; one that leads nowhere is listed with
+    version `MISSING`. A local folder that cannot be read is left out with a warning. An
+    existing, empty local folder gives nothing.
+
+    Raises:
+        Fatal: nothing is there, or it may not be listed.
+        Transient: the store did not answer, after retries.
+    """
+    url = absolute(url)
+    return _list_remote(url) if is_remote(url) else _list_local(_local(url))
+
+
+def info(uri: str) -> ObjectInfo | None:
+    """Describe the single object `uri`; None if it is no object, or may not be seen.
+
+    Raises:
+        Fatal: no credentials, or an unknown scheme.
+        Transient: the store did not answer, after retries.
+    """
+    try:
+        return _attempt("read", uri, lambda: _info(uri))
+    except BadAudio:
+        return None
+
+
+def _info(uri: str) -> ObjectInfo | None:
+    if not is_remote(uri):
+        path = _local(uri)
+        status = Path(path).stat()
+        return None if stat.S_ISDIR(status.st_mode) else _local_info(path, status)
+    fs, path = _remote(uri)
+    if _is_gcs(uri):
+        bucket, _, key = path.partition("/")
+        if not key:
+            return None
+        found = fs.call("GET", "b/{}/o/{}", bucket, key, json_out=True, fields=_GCS_FIELDS)
+        return _remote_info(uri, found)
+    found = fs.info(path)
+    return None if found["type"] == "directory" else _remote_info(uri, found)
+
+
+def _list_local(path: str) -> Iterator[ObjectInfo]:
+    if Path(path).is_dir():
+        yield from _walk(path)
+    elif os.path.lexists(path):
+        yield _local_info(path)
+    elif _GLOB_SIGNS.search(path):
+        root, matches, may_contain = _glob(path)
+        if Path(root).is_dir():
+            yield from _something(_walk(root, may_contain, matches), path)
+        else:
+            raise _nothing_there(path)
+    else:
+        raise _nothing_there(path)
+
+
+def _walk(
+    root: str,
+    may_contain: Callable[[str], bool] = lambda folder: True,
+    matches: Callable[[str], bool] = lambda path: True,
+) -> Iterator[ObjectInfo]:
+    """Everything below the folder `root` that `matches`, in the order of the whole path."""
+    open_folders = [(iter(_entries(root, is_root=True)), _identity(root))]
+    while open_folders:
+        entry = next(open_folders[-1][0], None)
+        if entry is None:
+            open_folders.pop()
+        elif not _is_folder(entry):
+            if matches(entry.path):
+                yield _local_info(entry.path)
+        elif may_contain(entry.path):
+            identity = _identity(entry.path)
+            # A symlink to a folder we are inside of would be walked for ever.
+            if not any(identity == outer for _, outer in open_folders):
+                open_folders.append((iter(_entries(entry.path)), identity))
+
+
+def _entries(folder: str, is_root: bool = False) -> list[os.DirEntry[str]]:
+    try:
+        with os.scandir(folder) as found:
+            # "a/" sorts after "a.wav", so that the walk as a whole is in the order of the paths.
+            return sorted(found, key=lambda e: e.name + "/" if _is_folder(e) else e.name)
+    except OSError as error:
+        if is_root:
+            raise Fatal(f"cannot list {folder}: {error.strerror}; check its permissions") from error
+        log.warning("left out folder %s: %s", _local_uri(folder), error.strerror)
+        return []
+
+
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:
+        return False
+
+
+def _identity(folder: str) -> tuple[int, int] | str:
+    try:
+        status = Path(folder).stat()
+    except OSError:
+        return folder
+    return status.st_dev, status.st_ino
+
+
+def _local_info(path: str, status: os.stat_result | None = None) -> ObjectInfo:
+    try:
+        status = status or os.stat(path)  # noqa: PTH116  (Path() per file costs more than the call)
+    except OSError:
+        return ObjectInfo(_local_uri(path), 0, MISSING, None)
+    return ObjectInfo(_local_uri(path), status.st_size, str(status.st_mtime_ns), None)
+
+
+def _list_remote(url: str) -> Iterator[ObjectInfo]:
+    single = info(url)
+    if single is not None:
+        yield single
+    found = single is not None
+    for each in _list_below(url):
+        found = True
+        yield each
+    if found:
+        return
+    sign = _GLOB_SIGNS.search(url)
+    if sign is not None:
+        root, matches, _ = _glob(url)
+        # A bucket can be asked for names with a beginning, not only for folders.
+        beginning = url[: sign.start()]
+        below = _list_gcs(beginning) if _is_gcs(url) else _list_below(root)
+        yield from _something((each for each in below if matches(each.uri)), url)
+    elif "/" in url.partition("://")[2]:  # a bucket's root was listed: it exists and is empty
+        raise _nothing_there(url)
+
+
+def _list_below(root: str) -> Iterator[ObjectInfo]:
+    """Every object below the remote folder `root`, sorted."""
+    if _is_gcs(root):
+        yield from _list_gcs(root + "/")
+        return
+    for name, found in sorted(_attempt("list", root, lambda: _find(root)).items()):
+        # Keep the user's spelling of the root: file systems differ in how they give names back.
+        yield _remote_info(root.rstrip("/") + name, found)
+
+
+def _find(root: str) -> dict[str, dict[str, Any]]:
+    fs, path = _remote(root)
+    found: dict[str, dict[str, Any]] = fs.find(path, detail=True)
+    below = path.rstrip("/") + "/"
+    return {n[len(below) - 1 :]: each for n, each in found.items() if n.startswith(below)}
+
+
+_GCS_FIELDS = "name,size,generation,md5Hash"
+
+
+def _list_gcs(beginning: str) -> Iterator[ObjectInfo]:
+    """Page through the bucket's own listing: constant memory, and one page per retry.
+
+    The store gives the names that start with `beginning` sorted, up to 1,000 an answer.
+
+    (`find` of gcsfs holds every object's whole JSON resource at once: gigabytes for a million.)
+    """
+    scheme, _, path = beginning.partition("://")
+    bucket, _, prefix = path.partition("/")
+    token: str | None = ""
+    while token is not None:
+        ask = functools.partial(_gcs_page, beginning, bucket, prefix, token)
+        page = _attempt("list", beginning, ask)
+        for found in page.get("items", []):
+            if not found["name"].endswith("/"):  # the marker object of an empty folder
+                yield _remote_info(f"{scheme}://{bucket}/{found['name']}", found)
+        token = page.get("nextPageToken")
+
+
+def _gcs_page(url: str, bucket: str, prefix: str, token: str) -> dict[str, Any]:
+    page: dict[str, Any] = _remote(url)[0].call(
+        "GET",
+        "b/{}/o",
+        bucket,
+        json_out=True,
+        prefix=prefix or None,
+        pageToken=token or None,
+        maxResults=1000,
+        fields=f"nextPageToken,items({_GCS_FIELDS})",
+    )
+    return page
+
+
+def _remote_info(uri: str, found: dict[str, Any]) -> ObjectInfo:
+    version = next(
+        (found[key] for key in _VERSION_KEYS if found.get(key) is not None), "no version"
+    )
+    md5 = found.get("md5Hash")
+    return ObjectInfo(
+        uri=uri,
+        size_bytes=int(found.get("size") or 0),
+        version=str(version).strip('"'),
+        md5=base64.b64decode(md5).hex() if md5 else None,
+    )
+
+
+_VERSION_KEYS = ("generation", "etag", "ETag", "mtime", "LastModified", "last_modified", "created")
+
+
+def _something(found: Iterator[ObjectInfo], url: str) -> Iterator[ObjectInfo]:
+    first = next(found, None)
+    if first is None:
+        raise _nothing_there(url)
+    yield first
+    yield from found
+
+
+def _nothing_there(url: str) -> Fatal:
+    what = "nothing matches, so it" if _GLOB_SIGNS.search(url) else "it"
+    return Fatal(f"{_shown(_local_uri(url))}: {what} does not exist; check the name")
+
+
+def _glob(pattern: str) -> tuple[str, Callable[[str], bool], Callable[[str], bool]]:
+    """Split a glob into its literal folder, a test for objects, and one for folders to enter.
+
+    Paths are matched level by level; what lies below a matching folder matches too.
+    """
+    start = _SCHEME.match(pattern)
+    levels = pattern[start.end() if start else 0 :].split("/")
+    n_literal = next(i for i, level in enumerate(levels) if _GLOB_SIGNS.search(level))
+    root = pattern[: start.end() if start else 0] + "/".join(levels[:n_literal])
+    root = root or "/"
+    objects, folders, closing = re.escape(root.rstrip("/")), re.escape(root.rstrip("/")), ""
+    for level in levels[n_literal:]:
+        if level == "**":
+            objects += "(?:/[^/]+)*?"
+            folders += "(?:/.*"
+        else:
+            objects += "/" + _level_regex(level)
+            folders += "(?:/" + _level_regex(level)
+        closing += ")?"
+    try:
+        matching = re.compile(objects + "(?:/.*)?", re.DOTALL)
+        entering = re.compile(folders + "(?:/.*)?" + closing, re.DOTALL)
+    except re.error as error:
+        raise Fatal(f"{_shown(pattern)} is not a glob: {error.msg}; check its brackets") from error
+    return (
+        root,
+        lambda path: matching.fullmatch(path) is not None,
+        lambda path: entering.fullmatch(path) is not None,
+    )
+
+
+def _level_regex(level: str) -> str:
+    """One level of a glob as a regular expression; `[!x]` excludes, a lone `[` is itself."""
+    regex = ""
+    for token in re.findall(r"\[!?[^\]]+\]|.", level, re.DOTALL):
+        if token == "*":
+            regex += "[^/]*"
+        elif token == "?":
+            regex += "[^/]"
+        elif len(token) == 1:
+            regex += re.escape(token)
+        else:
+            negated = token[1] == "!"
+            chosen = re.sub(r"([\\^\[&~|])", r"\\\1", token[1 + negated : -1])
+            regex += f"[{'^/' if negated else ''}{chosen}]"
+    return regex
+
+
+# ---------------------------------------------------------------- reading and writing
+
+
+def read(uri: str) -> bytes:
+    """Read a whole object.
+
+    Raises:
+        BadAudio: it is gone (`missing`), may not be read (`forbidden`), is no regular file
+            (`not_a_file`), or the store refuses it (`unreadable`).
+        Transient: the store did not answer, after retries.
+        Fatal: no credentials, or an unknown scheme.
+    """
+    return _attempt("read", uri, lambda: _read(uri))
+
+
+def _read(uri: str) -> bytes:
+    if not is_remote(uri):
+        with _open_regular(uri) as file:
+            return file.read()
+    fs, path = _remote(uri)
+    return bytes(fs.cat_file(path))
+
+
+def read_range(uri: str, start: int, length: int) -> bytes:
+    """Read `length` bytes from byte `start`, fewer where the object ends; raises as `read`."""
+    if length <= 0:
+        return b""
+    return _attempt("read", uri, lambda: _read_range(uri, start, length))
+
+
+def _read_range(uri: str, start: int, length: int) -> bytes:
+    if not is_remote(uri):
+        with _open_regular(uri) as file:
+            file.seek(start)
+            return file.read(length)
+    fs, path = _remote(uri)
+    try:
+        return bytes(fs.cat_file(path, start=start, end=start + length))
+    except Exception as error:
+        if _http_status(error) == 416:  # the range begins at or after the end
+            return b""
+        raise
+
+
+def _open_regular(uri: str) -> io.FileIO:
+    """Open a local file, but never wait for the writer of a pipe or read a device without end."""
+    file = io.FileIO(os.open(_local(uri), os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC))
+    if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+        file.close()
+        raise BadAudio("not_a_file", f"{uri} is not a regular file")
+    return file
+
+
+def put(uri: str, data: bytes) -> None:
+    """Write a whole object in one step: a reader sees the old content or the new, never a part.
+
+    Locally a temporary file whose name starts with "." is written beside it, synced and renamed;
+    missing folders are made. Remotely it is a single put.
+
+    Raises:
+        Fatal: it may not or cannot be written; the sentence names the path.
+        Transient: the store did not answer, after retries.
+    """
+    _attempt("write", uri, lambda: _put(uri, data))
+
+
+def _put(uri: str, data: bytes) -> None:
+    if is_remote(uri):
+        fs, name = _remote(uri)
+        fs.pipe_file(name, data)
+        return
+    path = Path(_local(uri))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{secrets.token_hex(8)}.tmp")
+    try:
+        # Not tempfile: it would leave the published file readable by its owner only.
+        with temporary.open("xb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def exists(uri: str) -> bool:
+    """Say whether an object or a folder has this name. Raises `Transient`, `Fatal`."""
+    try:
+        _attempt("read", uri, lambda: _stat_any(uri))
+    except BadAudio as error:
+        if error.kind == "missing":
+            return False
+        raise Fatal(error.message) from error
+    return True
+
+
+def _stat_any(uri: str) -> None:
+    if is_remote(uri):
+        fs, path = _remote(uri)
+        fs.info(path)
+    else:
+        Path(_local(uri)).stat()
+
+
+def delete(uri: str) -> None:
+    """Remove an object; one that is not there is fine. Raises `Transient`, `Fatal`."""
+    _attempt("delete", uri, lambda: _delete(uri))
+
+
+def _delete(uri: str) -> None:
+    try:
+        if is_remote(uri):
+            fs, path = _remote(uri)
+            fs.rm_file(path)
+        else:
+            Path(_local(uri)).unlink()
+    except FileNotFoundError:
+        return
+
+
+def check_writable(url: str) -> None:
+    """Prove that objects can be put below `url` and removed; a local folder is made.
+
+    Raises:
+        Fatal: one sentence with the path and what to do.
+    """
+    url = absolute(url)
+    try:
+        _attempt("write to", url, lambda: _put_and_delete(url))
+    except Transient as error:
+        raise Fatal(f"{error}; try again later") from error
+
+
+def _put_and_delete(url: str) -> None:
+    probe = join(url, f".write-check-{secrets.token_hex(8)}")
+    _put(probe, b"")
+    _delete(probe)
+
+
+def open_parquet_source(uri: str) -> io.BufferedReader:
+    """Open `uri` as a seekable binary file that reads only the ranges it is asked for.
+
+    For Parquet files and manifests, not for recordings: what cannot be read stops the run.
+
+    Raises:
+        Fatal, Transient: here or while it is being read.
+    """
+    if not is_remote(uri):
+        return io.BufferedReader(_needed(lambda: _attempt("open", uri, lambda: _open_regular(uri))))
+    found = info(uri)
+    if found is None:
+        raise Fatal(f"{_shown(uri)} does not exist or may not be read; check the name")
+    return io.BufferedReader(_Ranges(uri, found.size_bytes), buffer_size=1 << 20)
+
+
+def _needed(reading: Callable[[], T]) -> T:
+    """Without this object the run cannot go on: what would be a failed row is the end."""
+    try:
+        return reading()
+    except BadAudio as error:
+        raise Fatal(error.message) from error
+
+
+class _Ranges(io.RawIOBase):
+    """A remote object as a seekable file; every read is one `read_range`."""
+
+    def __init__(self, uri: str, size_bytes: int) -> None:
+        self._uri, self._size_bytes, self._position = uri, size_bytes, 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self._position
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        origin = {os.SEEK_SET: 0, os.SEEK_CUR: self._position, os.SEEK_END: self._size_bytes}
+        self._position = max(0, origin[whence] + offset)
+        return self._position
+
+    def readinto(self, buffer: Any) -> int:  # noqa: ANN401  (the base class says: any writable buffer)
+        wanted = min(len(buffer), self._size_bytes - self._position)
+        data = _needed(lambda: read_range(self._uri, self._position, wanted))
+        buffer[: len(data)] = data
+        self._position += len(data)
+        return len(data)
+
+
+# ---------------------------------------------------------------- file systems
+
+
+def _is_gcs(uri: str) -> bool:
+    return uri.partition("://")[0].lower() in ("gs", "gcs")
+
+
+def _remote(uri: str) -> tuple[Any, str]:
+    """The file system of `uri` and the name it knows the object by."""
+    scheme = uri.partition("://")[0].lower()
+    fs = _file_system(scheme, os.environ.get("STORAGE_EMULATOR_HOST", ""), os.getpid())
+    return fs, fs._strip_protocol(uri)
+
+
+@functools.lru_cache(maxsize=16)
+def _file_system(scheme: str, emulator: str, pid: int) -> Any:  # noqa: ANN401  (fsspec is untyped)
+    """Make a file system; `pid` is in the key because one made before a fork is unusable after."""
+    if scheme in ("gs", "gcs"):
+        return _gcs(emulator)
+    try:
+        return fsspec.filesystem(scheme, skip_instance_cache=True, use_listings_cache=False)
+    except ValueError as error:
+        raise Fatal(f"unknown kind of address {scheme}://; use a path or gs://") from error
+    except ImportError as error:
+        raise Fatal(f"{scheme}:// needs a package that is not installed: {error}") from error
+
+
+def _gcs(emulator: str) -> Any:  # noqa: ANN401  (gcsfs is untyped)
+    emulated = emulator not in ("", "default")
+    if emulated:
+        # The question whether a bucket is hierarchical goes to another service, over gRPC; no
+        # emulator answers it, and the wait is a minute a bucket.
+        os.environ.setdefault("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")
+    # Here, not at the head: a run on local files is spared their second of start-up.
+    import aiohttp
+    import gcsfs
+    import gcsfs.core
+
+    # It logs whole tracebacks of what is translated and reported here.
+    logging.getLogger("gcsfs").setLevel(logging.CRITICAL)
+    kind = gcsfs.core.GCSFileSystem if emulated else gcsfs.GCSFileSystem
+    return kind(
+        token="anon" if emulated else "google_default",
+        consistency="md5",
+        session_kwargs={"timeout": aiohttp.ClientTimeout(total=600, sock_connect=20, sock_read=60)},
+        use_listings_cache=False,
+        skip_instance_cache=True,
+    )
+
+
+# ---------------------------------------------------------------- errors
+
+
+def _attempt(action: Action, uri: str, operation: Callable[[], T]) -> T:
+    """Run `operation`, again after a passing failure, and translate what it raises.
+
+    Waits grow from half a second, doubled each time, each drawn between nothing and the whole
+    (full jitter). gcsfs waits by itself for up to half a minute before it gives up, so no new try
+    starts later than `LAST_TRY_STARTS_WITHIN_S`.
+    """
+    started = time.monotonic()
+    n_tries = 0
+    while True:
+        n_tries += 1
+        try:
+            return operation()
+        except TranscribeError:
+            raise
+        except Exception as error:
+            translated = _translated(error, action, uri)
+            if translated is None:
+                raise
+            wait_s = random.uniform(0, FIRST_WAIT_S * 2 ** (n_tries - 1))
+            late = time.monotonic() - started + wait_s > LAST_TRY_STARTS_WITHIN_S
+            if not isinstance(translated, Transient) or n_tries == TRIES or late:
+                raise translated from error
+        time.sleep(wait_s)
+
+
+def _translated(error: Exception, action: Action, uri: str) -> TranscribeError | None:
+    """The consequence of a foreign error; None for what is a bug of ours."""
+    if not is_remote(uri):
+        return _translated_local(error, action, uri) if isinstance(error, OSError) else None
+    return _translated_remote(error, action, uri)
+
+
+def _translated_local(error: OSError, action: Action, uri: str) -> TranscribeError:
+    reason = error.strerror or type(error).__name__
+    if action != "read":
+        if error.errno in _PASSING_ERRNOS:
+            return Transient(f"cannot {action} {uri}: {reason}")
+        return Fatal(f"cannot {action} {uri}: {reason}; {_remedy(error)}")
+    if error.errno in _ABSENT_ERRNOS:
+        return BadAudio("missing", f"{uri} does not exist")
+    if error.errno in _FORBIDDEN_ERRNOS:
+        return BadAudio("forbidden", f"{uri} may not be read: {reason}")
+    if error.errno in _PASSING_ERRNOS:
+        return Transient(f"cannot read {uri}: {reason}")
+    # A directory, a socket, a device without a driver.
+    return BadAudio("not_a_file", f"{uri} cannot be read: {reason}")
+
+
+def _remedy(error: OSError) -> str:
+    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        return "free some space or choose another folder"
+    if error.errno in (errno.ENOTDIR, errno.EEXIST, errno.EISDIR):
+        return "a file stands where a folder is needed, or the reverse: choose another path"
+    return "check its permissions or choose another folder"
+
+
+def _translated_remote(error: Exception, action: Action, uri: str) -> TranscribeError | None:
+    status = _http_status(error)
+    if isinstance(error, FileNotFoundError) or status == 404:
+        if action == "read":
+            return BadAudio("missing", f"{_shown(uri)} does not exist")
+        bucket = "/".join(_shown(uri).split("/")[:3])
+        return Fatal(f"cannot {action} {_shown(uri)}: {bucket} does not exist; check the name")
+    if isinstance(error, PermissionError) or status == 403 or str(error).startswith("Forbidden"):
+        if action == "read":
+            return BadAudio("forbidden", f"{_shown(uri)} may not be read with these credentials")
+        role = "roles/storage.objectViewer" if action == "list" else "roles/storage.objectUser"
+        return Fatal(f"no permission to {action} {_shown(uri)}; on Google Cloud grant {role}")
+    if status == 401 or _is_credential_error(error):
+        return Fatal(
+            f"no valid credentials for {_shown(uri)}; run `gcloud auth application-default login` "
+            "or give the machine a service account"
+        )
+    reason = _reason(error, status)
+    if _is_passing(error, status):
+        return Transient(f"cannot {action} {_shown(uri)}: {reason}")
+    if isinstance(error, OSError) or status is not None or _is_bad_request(error):
+        if action == "read":
+            return BadAudio("unreadable", f"{_shown(uri)} cannot be read: {reason}")
+        return Fatal(f"cannot {action} {_shown(uri)}: {reason}; check the address")
+    return None
+
+
+def _http_status(error: Exception) -> int | None:
+    """The HTTP status an error of gcsfs (`code`, number or text) or aiohttp (`status`) carries."""
+    for name in ("code", "status"):
+        value = getattr(error, name, None)
+        if isinstance(value, (int, str)) and str(value).isdigit():
+            return int(value)
+    return None
+
+
+def _is_credential_error(error: Exception) -> bool:
+    import google.auth.exceptions
+    from gcsfs.retry import NonRetryableError
+
+    if isinstance(error, google.auth.exceptions.GoogleAuthError):
+        return not (error.retryable or isinstance(error, google.auth.exceptions.TransportError))
+    return isinstance(error, NonRetryableError)
+
+
+def _is_passing(error: Exception, status: int | None) -> bool:
+    import socket
+
+    import aiohttp
+    import google.auth.exceptions
+    import requests
+    from gcsfs.retry import ChecksumError
+
+    if status is not None:
+        return status in (408, 429) or status >= 500
+    network = (ConnectionError, TimeoutError, socket.gaierror)
+    clients = (aiohttp.ClientError, requests.RequestException, ChecksumError)
+    auth = google.auth.exceptions.GoogleAuthError
+    passing_errno = isinstance(error, OSError) and error.errno in _PASSING_ERRNOS
+    return passing_errno or isinstance(error, (*network, *clients, auth))
+
+
+def _is_bad_request(error: Exception) -> bool:
+    return isinstance(error, ValueError) and str(error).startswith("Bad Request")
+
+
+def _reason(error: Exception, status: int | None) -> str:
+    """Why, without the text of client errors: it may hold a signed address."""
+    if status is not None:
+        return f"HTTP status {status}"
+    return type(error).__name__
