@@ -43,59 +43,17 @@ A = TypeVar("A")
 B = TypeVar("B")
 
 MANIFESTS = frozenset({".csv", ".jsonl", ".parquet"})
-NOT_RECORDINGS = frozenset(
-    [
-        ".txt",
-        ".md",
-        ".rst",
-        ".log",
-        ".pdf",
-        ".doc",
-        ".docx",
-        ".xls",
-        ".xlsx",
-        ".html",
-        ".htm",
-        ".jpg",
-        ".jpeg",
-        ".png",
-        ".gif",
-        ".bmp",
-        ".svg",
-        ".json",
-        ".jsonl",
-        ".csv",
-        ".tsv",
-        ".xml",
-        ".yaml",
-        ".yml",
-        ".toml",
-        ".ini",
-        ".parquet",
-        ".db",
-        ".sqlite",
-        ".md5",
-        ".sha1",
-        ".sha256",
-        ".srt",
-        ".vtt",
-        ".ass",
-        ".rttm",
-        ".textgrid",
-        ".ctm",
-        ".stm",
-        ".lab",
-        ".eaf",
-        ".py",
-        ".sh",
-        ".tmp",
-    ]
-)
+_DOCUMENTS = {".txt", ".md", ".rst", ".log", ".htm", ".html", ".pdf", ".doc", ".docx", ".xlsx"}
+_TABLES = {".json", ".jsonl", ".csv", ".tsv", ".xml", ".parquet", ".db", ".sqlite"}
+_PICTURES = {".jpg", ".jpeg", ".png", ".gif", ".bmp", ".svg"}
+_LABELS = {".srt", ".vtt", ".ass", ".rttm", ".textgrid", ".ctm", ".stm", ".lab", ".eaf"}
+_MACHINERY = {".yaml", ".yml", ".toml", ".ini", ".md5", ".sha1", ".sha256", ".py", ".sh", ".tmp"}
+NOT_RECORDINGS = frozenset(_DOCUMENTS | _TABLES | _PICTURES | _LABELS | _MACHINERY)
 
 N_SAMPLED_PER_EXTENSION = 16
 N_LISTED_INSTEAD_OF_LOOKED_UP = 1000
 SHORTEST_S = 1.0
-# Speech costs more than this in every codec; a header that claims longer is wrong.
+# Speech costs more than this in every codec: a header that claims longer is wrong.
 LEAST_BYTES_PER_SECOND = 25.0
 
 # Bytes per second of sound as call centres commonly store it; only for what cannot be probed.
@@ -326,7 +284,7 @@ def _json(columns: dict[str, Any]) -> str:
     return text if _is_text(text) else json.dumps(plain, sort_keys=True, allow_nan=False)
 
 
-def _plain(value: Any) -> Any:  # noqa: ANN401  (whatever a Parquet or JSON manifest holds)
+def _plain(value: Any) -> Any:
     """`value` as JSON can say it: no NaN, dates as ISO 8601, bytes in hex, the rest as text."""
     if value is None or isinstance(value, (str, bool, int)):
         return value

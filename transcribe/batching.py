@@ -24,7 +24,7 @@ def plan_batches(padded_lengths: Sequence[int], budget: int) -> list[list[int]]:
     by_length: dict[int, list[int]] = {}
     for index, length in enumerate(padded_lengths):
         by_length.setdefault(length, []).append(index)
-    batches = []
+    batches: list[list[int]] = []
     for length in sorted(by_length, reverse=True):
         indices = by_length[length]
         size = max(1, budget // max(1, length))

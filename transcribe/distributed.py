@@ -7,6 +7,7 @@ driver is one small summary per shard.
 
 from __future__ import annotations
 
+import functools
 import logging
 import os
 import pickle
@@ -90,7 +91,7 @@ def place(
     deadline = time.monotonic() + wait_s
     said = False
     while True:
-        resources = ray.cluster_resources()
+        resources: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
         placement = _fit(device, workers, resources)
         if placement is not None:
             return placement
@@ -124,7 +125,7 @@ def _fit(device: Device, workers: int | None, resources: dict[str, float]) -> Pl
 
 def _cores(cpus: float) -> int:
     """CPU engines by default: as many as real cores on one machine, else one per CPU but one."""
-    nodes = [n for n in ray.nodes() if n.get("Alive")]
+    nodes = [n for n in ray.nodes() if n.get("Alive")]  # type: ignore[no-untyped-call]
     if len(nodes) == 1:
         return min(len(os.sched_getaffinity(0)), max(1, int(cpus) - 1))
     return max(1, int(cpus) - 1)
@@ -142,14 +143,17 @@ def run_shards(shards: Sequence[Shard], job: Job, workers: int) -> Iterator[Shar
             [{"shard": pickle.dumps(shard)} for shard in shards],
             override_num_blocks=max(1, len(shards)),
         )
-        .map(_decode, fn_kwargs={"job": job}, num_cpus=_DECODE_CPUS)
+        .map(functools.partial(_decode, job=job), num_cpus=_DECODE_CPUS)
         .map(
-            _Recogniser,
+            _Recogniser,  # type: ignore[arg-type]  # Ray's stub knows no classes
             fn_constructor_kwargs={"job": job},
-            compute=ray.data.ActorPoolStrategy(size=workers, max_tasks_in_flight_per_actor=2),
-            **_engine_resources(job.device),
+            compute=ray.data.ActorPoolStrategy(
+                size=min(workers, len(shards)), max_tasks_in_flight_per_actor=2
+            ),
+            num_cpus=_GPU_ENGINE_CPUS if job.device == "cuda" else _ENGINE_CPUS,
+            num_gpus=1 if job.device == "cuda" else None,
         )
-        .map(_publish, fn_kwargs={"job": job}, num_cpus=_PUBLISH_CPUS)
+        .map(functools.partial(_publish, job=job), num_cpus=_PUBLISH_CPUS)
     )
     try:
         for row in dataset.iter_rows():
@@ -159,12 +163,6 @@ def run_shards(shards: Sequence[Shard], job: Job, workers: int) -> Iterator[Shar
             yield outcome
     except ray.exceptions.RayError as error:
         raise Fatal(f"Ray gave up on the run: {_first_line(error)}") from error
-
-
-def _engine_resources(device: str) -> dict[str, float]:
-    if device == "cuda":
-        return {"num_gpus": 1, "num_cpus": _GPU_ENGINE_CPUS}
-    return {"num_cpus": _ENGINE_CPUS}
 
 
 def _quieten_ray_data() -> None:

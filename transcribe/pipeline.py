@@ -242,8 +242,8 @@ def select_channels(samples: npt.NDArray[np.int16], mode: ChannelMode) -> npt.ND
     if len(samples) == 1 or mode == "split":
         return samples
     if mode == "mix":
-        mixed = np.rint(samples.mean(axis=0, dtype=np.float32))
-        return mixed.astype(np.int16)[None]
+        mixed: npt.NDArray[np.float32] = np.rint(samples.mean(axis=0, dtype=np.float32))
+        return mixed.astype(np.int16)[np.newaxis]
     return samples[:1] if is_dual_mono(samples) else samples
 
 

@@ -88,11 +88,10 @@ def read_published(out: str) -> Published:
 
 
 def _transcript_files(out: str) -> list[str]:
-    try:
-        listed = list(storage.list_objects(transcripts_url(out)))
-    except Fatal:  # nothing there yet
+    folder = transcripts_url(out)
+    if not storage.exists(folder):
         return []
-    return [o.uri for o in listed if o.uri.endswith(".parquet")]
+    return [o.uri for o in storage.list_objects(folder) if o.uri.endswith(".parquet")]
 
 
 def _read(url: str, columns: list[str] | None = None) -> pa.Table:

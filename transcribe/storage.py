@@ -593,7 +593,7 @@ class _Ranges(io.RawIOBase):
         self._position = max(0, origin[whence] + offset)
         return self._position
 
-    def readinto(self, buffer: Any) -> int:  # noqa: ANN401  (the base class says: any writable buffer)
+    def readinto(self, buffer: Any) -> int:
         wanted = min(len(buffer), self._size_bytes - self._position)
         data = _needed(lambda: read_range(self._uri, self._position, wanted))
         buffer[: len(data)] = data
@@ -616,7 +616,7 @@ def _remote(uri: str) -> tuple[Any, str]:
 
 
 @functools.lru_cache(maxsize=16)
-def _file_system(scheme: str, emulator: str, pid: int) -> Any:  # noqa: ANN401  (fsspec is untyped)
+def _file_system(scheme: str, emulator: str, pid: int) -> Any:
     """Make a file system; `pid` is in the key because one made before a fork is unusable after."""
     if scheme in ("gs", "gcs"):
         return _gcs(emulator)
@@ -628,7 +628,7 @@ def _file_system(scheme: str, emulator: str, pid: int) -> Any:  # noqa: ANN401  
         raise Fatal(f"{scheme}:// needs a package that is not installed: {error}") from error
 
 
-def _gcs(emulator: str) -> Any:  # noqa: ANN401  (gcsfs is untyped)
+def _gcs(emulator: str) -> Any:
     emulated = emulator not in ("", "default")
     if emulated:
         # The question whether a bucket is hierarchical goes to another service, over gRPC; no
@@ -645,7 +645,7 @@ def _gcs(emulator: str) -> Any:  # noqa: ANN401  (gcsfs is untyped)
     return kind(
         token="anon" if emulated else "google_default",
         consistency="md5",
-        session_kwargs={"timeout": aiohttp.ClientTimeout(total=600, sock_connect=20, sock_read=60)},
+        session_kwargs={"timeout": aiohttp.ClientTimeout(total=600, sock_connect=20, sock_read=30)},
         use_listings_cache=False,
         skip_instance_cache=True,
     )

@@ -41,18 +41,15 @@ class WhisperTokens:
             tokenizer = Tokenizer.from_file(str(model_path / "tokenizer.json"))
         except Exception:  # the Rust library raises bare Exception
             raise Fatal(f"{model_path}/tokenizer.json cannot be read as a tokenizer.") from None
-        ids = {
-            token: tokenizer.token_to_id(token)
-            for token in ("<|startoftranscript|>", "<|endoftext|>", "<|transcribe|>")
-        }
-        no_timestamps = tokenizer.token_to_id("<|notimestamps|>")
-        if None in ids.values() or no_timestamps is None:
+        names = ("startoftranscript", "endoftext", "transcribe", "notimestamps")
+        start, end, task, no_timestamps = (tokenizer.token_to_id(f"<|{n}|>") for n in names)
+        if start is None or end is None or task is None or no_timestamps is None:
             raise Fatal(f"{model_path}/tokenizer.json lacks Whisper's special tokens.")
         return cls(
             tokenizer=tokenizer,
-            start_of_transcript=ids["<|startoftranscript|>"],
-            end_of_text=ids["<|endoftext|>"],
-            transcribe=ids["<|transcribe|>"],
+            start_of_transcript=start,
+            end_of_text=end,
+            transcribe=task,
             first_timestamp=no_timestamps + 1,
             is_multilingual=is_multilingual,
         )

@@ -1,0 +1,382 @@
+"""Storage on local files, and how foreign errors become the three kinds."""
+
+from __future__ import annotations
+
+import errno
+import logging
+import os
+import time
+from pathlib import Path
+
+import aiohttp
+import google.auth.exceptions
+import pytest
+import requests
+from gcsfs.retry import HttpError
+from hypothesis import given
+from hypothesis import strategies as st
+
+from transcribe import storage
+from transcribe.errors import BadAudio, Fatal, Transient
+
+ODD_NAMES = [
+    "with space.wav", "line\nbreak.wav", "hash#1.wav", "q?x=1.wav", "pct%20.wav", "[x].wav",
+    "star*.wav", "ünï.wav", "-dash", "a:b.wav", "~home.wav", " lead", "tab\t.wav", "{a}", "\\.wav",
+]  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def _no_emulator(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("STORAGE_EMULATOR_HOST", raising=False)
+    monkeypatch.setattr(storage, "FIRST_WAIT_S", 0.001)
+
+
+def _uris(url: object) -> list[str]:
+    return [o.uri for o in storage.list_objects(str(url))]
+
+
+@pytest.mark.parametrize("name", ODD_NAMES)
+def test_odd_local_names_are_put_listed_and_read(tmp_path: Path, name: str) -> None:
+    uri = storage.join(str(tmp_path), "in", name)
+    storage.put(uri, name.encode())
+    assert _uris(tmp_path) == _uris(uri) == [uri]
+    assert storage.read(uri) == name.encode()
+    assert storage.read_range(uri, 1, 2) == name.encode()[1:3]
+    storage.delete(uri)
+    storage.delete(uri)
+    assert not storage.exists(uri)
+
+
+def test_a_name_that_is_not_utf8_becomes_text_that_reads(tmp_path: Path) -> None:
+    raw = os.fsencode(tmp_path) + b"/caf\xe9 %20.wav"
+    Path(os.fsdecode(raw)).write_bytes(b"sound")
+    (found,) = storage.list_objects(str(tmp_path))
+    assert found.uri.encode().endswith(b"/caf%E9%20%2520.wav")
+    assert storage.read(found.uri) == b"sound"
+    assert storage.absolute(found.uri) == found.uri
+    assert _uris(found.uri) == [found.uri]
+
+
+def test_absolute_gives_one_spelling(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert storage.absolute("rel/../x/") == f"{tmp_path}/x"
+    assert storage.absolute("~/x") == f"{tmp_path}/x"
+    assert storage.absolute(f"file://{tmp_path}/x%20y") == f"{tmp_path}/x y"
+    assert storage.absolute("~no-such-user/x") == f"{tmp_path}/~no-such-user/x"
+    assert storage.absolute("/") == "/"
+    for url in ("gs://b/calls", "s3://b", "memory://"):
+        assert storage.absolute(url + "/") in (url, url + "/")
+        assert storage.is_remote(url)
+    assert not storage.is_remote("file:///x")
+
+
+def test_listing_is_in_the_order_of_whole_paths(tmp_path: Path) -> None:
+    names = ["a.wav", "a/z.wav", "a b.wav", "a/b/c.wav", "a0.wav", ".hidden", "B"]
+    for name in names:
+        storage.put(storage.join(str(tmp_path), name), b"")
+    assert _uris(tmp_path) == sorted(f"{tmp_path}/{n}" for n in names)
+
+
+def test_broken_links_are_listed_and_end_as_missing(tmp_path: Path) -> None:
+    (tmp_path / "broken.wav").symlink_to(tmp_path / "gone")
+    (tmp_path / "self.wav").symlink_to(tmp_path / "self.wav")
+    found = list(storage.list_objects(str(tmp_path)))
+    assert [(o.size_bytes, o.version) for o in found] == [(0, "missing")] * 2
+    for each in found:
+        with pytest.raises(BadAudio) as caught:
+            storage.read(each.uri)
+        assert caught.value.kind == "missing"
+        assert storage.info(each.uri) is None
+
+
+def test_linked_folders_are_followed_but_not_in_circles(tmp_path: Path) -> None:
+    storage.put(f"{tmp_path}/a/x.wav", b"")
+    (tmp_path / "a" / "up").symlink_to(tmp_path)
+    (tmp_path / "b").symlink_to(tmp_path / "a")
+    assert _uris(tmp_path) == [f"{tmp_path}/a/x.wav", f"{tmp_path}/b/x.wav"]
+
+
+def test_a_folder_that_cannot_be_read_is_named_in_a_warning(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    for name in ("open/a.wav", "shut/b.wav"):
+        storage.put(f"{tmp_path}/{name}", b"")
+    scandir = os.scandir
+
+    def refusing(path: str):
+        if str(path).endswith("shut"):
+            raise PermissionError(errno.EACCES, "Permission denied")
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refusing)
+    with caplog.at_level(logging.WARNING):
+        assert _uris(tmp_path) == [f"{tmp_path}/open/a.wav"]
+    assert f"{tmp_path}/shut" in caplog.text
+    with pytest.raises(Fatal, match="shut"):
+        _uris(tmp_path / "shut")
+
+
+def test_globs(tmp_path: Path) -> None:
+    names = ["1/a.wav", "1/b.mp3", "1/deep/a.wav", "2/a.wav", "a.wav", "[q].wav"]
+    for name in names:
+        storage.put(f"{tmp_path}/{name}", b"")
+
+    def below(pattern: str) -> list[str]:
+        return [u.removeprefix(f"{tmp_path}/") for u in _uris(f"{tmp_path}/{pattern}")]
+
+    assert below("*.wav") == ["[q].wav", "a.wav"]
+    assert below("*/*.wav") == ["1/a.wav", "2/a.wav"]
+    assert below("**/a.wav") == ["1/a.wav", "1/deep/a.wav", "2/a.wav", "a.wav"]
+    assert below("[!2]/*.mp?") == ["1/b.mp3"]
+    assert below("1*") == ["1/a.wav", "1/b.mp3", "1/deep/a.wav"]
+    assert below("[q].wav") == ["[q].wav"]
+    assert below("**") == sorted(names)
+    for pattern, sentence in (
+        ("*.ogg", "does not exist"),
+        ("no/*", "not exist"),
+        ("[z-a]*", "glob"),
+    ):
+        with pytest.raises(Fatal, match=sentence):
+            below(pattern)
+
+
+@given(st.lists(st.text("ab*?[]!^-.", min_size=1, max_size=4), min_size=1, max_size=3))
+def test_entering_agrees_with_matching(levels: list[str]) -> None:
+    """A folder above a match is always entered, or the match would never be seen."""
+    pattern = "/r/" + "/".join([*levels, "*"])
+    try:
+        root, matches, may_contain = storage._glob(pattern)
+    except Fatal:
+        return
+    for path in ("/r/a/b/a", "/r/ab/a/.b", "/r/b/a/b/a/b", "/r/*/a/b"):
+        if matches(path):
+            assert path.startswith(root)
+            parents = [str(p) for p in Path(path).parents if str(p).startswith(root + "/")]
+            assert all(may_contain(p) for p in parents)
+
+
+def test_nothing_there(tmp_path: Path) -> None:
+    with pytest.raises(Fatal, match="does not exist"):
+        _uris(tmp_path / "none")
+    assert _uris(tmp_path) == []
+
+
+def test_put_replaces_whole_and_leaves_no_temporary_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    uri = f"{tmp_path}/out.parquet"
+    storage.put(uri, b"old")
+
+    def full(fd: int) -> None:
+        assert all(p.name == "out.parquet" or p.name.startswith(".") for p in tmp_path.iterdir())
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(Fatal, match=r"out\.parquet.*No space left"):
+        storage.put(uri, b"new")
+    monkeypatch.undo()
+    assert storage.read(uri) == b"old"
+    assert [p.name for p in tmp_path.iterdir()] == ["out.parquet"]
+    storage.put(uri, b"new")
+    assert storage.read(uri) == b"new"
+    umask = os.umask(0)
+    os.umask(umask)
+    assert (tmp_path / "out.parquet").stat().st_mode & 0o777 == 0o666 & ~umask
+
+
+def test_the_version_changes_with_the_content(tmp_path: Path) -> None:
+    uri = f"{tmp_path}/a.wav"
+    storage.put(uri, b"one")
+    before = storage.info(uri)
+    time.sleep(0.02)
+    storage.put(uri, b"two")
+    after = storage.info(uri)
+    assert before is not None
+    assert after is not None
+    assert before.version != after.version
+
+
+def test_a_pipe_or_folder_is_no_file_and_never_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.wav")
+    for name in ("pipe.wav", ""):
+        with pytest.raises(BadAudio) as caught:
+            storage.read(f"{tmp_path}/{name}")
+        assert caught.value.kind == "not_a_file"
+
+
+def test_check_writable(tmp_path: Path) -> None:
+    storage.check_writable(f"{tmp_path}/new/folder")
+    assert list((tmp_path / "new" / "folder").iterdir()) == []
+    storage.put(f"{tmp_path}/file", b"")
+    for url in (f"{tmp_path}/file", f"{tmp_path}/file/below"):
+        with pytest.raises(Fatal, match=r"cannot write to .*/file.*choose another path"):
+            storage.check_writable(url)
+
+
+def test_unknown_and_uninstalled_kinds_of_address_are_named() -> None:
+    with pytest.raises(Fatal, match="nosuch://"):
+        _uris("nosuch://a/b")
+    with pytest.raises(Fatal, match="s3://"):
+        storage.read("s3://bucket/key")
+
+
+def test_other_fsspec_stores_work() -> None:
+    storage.put("memory://archive/calls/a.wav", b"sound")
+    storage.put("memory://archive/calls/deep/b.wav", b"")
+    assert _uris("memory://archive/calls/") == [
+        "memory://archive/calls/a.wav",
+        "memory://archive/calls/deep/b.wav",
+    ]
+    assert _uris("memory://archive/calls/*.wav") == ["memory://archive/calls/a.wav"]
+    assert _uris("memory://archive/calls/a.wav") == ["memory://archive/calls/a.wav"]
+    assert storage.read_range("memory://archive/calls/a.wav", 1, 2) == b"ou"
+    with pytest.raises(Fatal, match="does not exist"):
+        _uris("memory://archive/none")
+
+
+def test_without_credentials_the_sentence_says_what_to_do(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("GOOGLE_APPLICATION_CREDENTIALS", "CLOUDSDK_CONFIG"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("NO_GCE_CHECK", "true")
+    for use in (lambda: _uris("gs://b/calls"), lambda: storage.read("gs://b/a.wav")):
+        with pytest.raises(Fatal, match=r"no valid credentials for gs://b/.*gcloud auth"):
+            use()
+
+
+class FakeBucket:
+    """The JSON API as `storage` calls it: two names a page, and errors on request."""
+
+    def __init__(self, names: list[str], errors: list[Exception]) -> None:
+        self.names, self.errors, self.n_calls = names, errors, 0
+
+    def _strip_protocol(self, url: str) -> str:
+        return url.partition("://")[2]
+
+    def call(self, method: str, path: str, *args: str, **parameters: str | None):
+        self._maybe_fail()
+        if len(args) == 2:
+            raise FileNotFoundError(args[1])
+        start = int(parameters["pageToken"] or 0)
+        prefix = parameters["prefix"] or ""
+        page = [n for n in self.names if n.startswith(prefix)][start : start + 2]
+        more = {"nextPageToken": str(start + 2)} if start + 2 < len(self.names) else {}
+        return {"items": [{"name": n, "size": "3", "generation": "7"} for n in page], **more}
+
+    def cat_file(self, path: str) -> bytes:
+        self._maybe_fail()
+        return b"abc"
+
+    pipe_file = lambda self, path, data: self._maybe_fail()  # noqa: E731
+
+    def _maybe_fail(self) -> None:
+        self.n_calls += 1
+        if self.errors:
+            raise self.errors.pop(0)
+
+
+def _bucket(monkeypatch: pytest.MonkeyPatch, *errors: Exception, names: list[str] | None = None):
+    bucket = FakeBucket(names or [], list(errors))
+    monkeypatch.setattr(storage, "_file_system", lambda *key: bucket)
+    return bucket
+
+
+PASSING = [
+    HttpError({"code": 503, "message": "backend"}),
+    HttpError({"code": "429", "message": "slow down"}),
+    aiohttp.ServerDisconnectedError(),
+    requests.exceptions.ReadTimeout(),
+    TimeoutError(),
+    ConnectionResetError(errno.ECONNRESET, "reset"),
+    google.auth.exceptions.TransportError("metadata"),
+]
+
+
+@pytest.mark.parametrize("error", PASSING, ids=lambda e: type(e).__name__)
+def test_passing_errors_are_tried_again_and_then_transient(
+    monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    bucket = _bucket(monkeypatch, error, error)
+    assert storage.read("gs://b/a") == b"abc"
+    assert bucket.n_calls == 3
+    bucket = _bucket(monkeypatch, *[error] * 99)
+    for use in (lambda: storage.read("gs://b/a"), lambda: storage.put("gs://b/a", b"")):
+        bucket.n_calls = 0
+        with pytest.raises(Transient, match="gs://b/a"):
+            use()
+        assert bucket.n_calls == storage.TRIES
+
+
+def test_a_listing_goes_on_from_the_page_that_failed(monkeypatch: pytest.MonkeyPatch) -> None:
+    names = [f"calls/{i}.wav" for i in range(5)]
+    bucket = _bucket(monkeypatch, names=[*names, "calls/empty/"])
+    listing = storage.list_objects("gs://b/calls")
+    first = next(listing)
+    bucket.errors = [TimeoutError(), TimeoutError()]
+    assert [first.uri, *(o.uri for o in listing)] == [f"gs://b/{n}" for n in names]
+    assert bucket.n_calls == 1 + 3 + 2
+
+
+REFUSED = [
+    (FileNotFoundError("a"), "missing", "does not exist"),
+    (OSError("Forbidden: a"), "forbidden", "no permission"),
+    (PermissionError(errno.EACCES, "no"), "forbidden", "no permission"),
+    (HttpError({"code": 400, "message": "odd"}), "unreadable", "400"),
+    (ValueError("Bad Request: b"), "unreadable", "ValueError"),
+]
+
+
+@pytest.mark.parametrize(("error", "kind", "sentence"), REFUSED)
+def test_a_refused_read_is_a_row_and_a_refused_put_is_the_end(
+    monkeypatch: pytest.MonkeyPatch, error: Exception, kind: str, sentence: str
+) -> None:
+    bucket = _bucket(monkeypatch, error)
+    with pytest.raises(BadAudio) as caught:
+        storage.read("gs://b/a")
+    assert caught.value.kind == kind
+    bucket.errors = [error]
+    with pytest.raises(Fatal, match=sentence):
+        storage.put("gs://b/a", b"")
+    assert bucket.n_calls == 2
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        HttpError({"code": 401, "message": "Invalid Credentials"}),
+        google.auth.exceptions.RefreshError("expired"),
+        google.auth.exceptions.DefaultCredentialsError("none"),
+    ],
+)
+def test_bad_credentials_stop_the_run_also_on_a_read(
+    monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    _bucket(monkeypatch, error)
+    with pytest.raises(Fatal, match="credentials"):
+        storage.read("gs://b/a")
+
+
+def test_a_bug_is_not_dressed_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    _bucket(monkeypatch, TypeError("ours"))
+    with pytest.raises(TypeError, match="ours"):
+        storage.read("gs://b/a")
+
+
+def test_secrets_in_addresses_stay_out_of_messages(monkeypatch: pytest.MonkeyPatch) -> None:
+    _bucket(monkeypatch, FileNotFoundError("https://u:pw@host/a.wav?sig=SECRET"))
+    with pytest.raises(BadAudio) as caught:
+        storage.read("https://u:pw@host/a.wav?sig=SECRET")
+    assert "host/a.wav" in caught.value.message
+    assert "SECRET" not in caught.value.message
+    assert "pw" not in caught.value.message
+
+
+def test_a_late_failure_is_not_tried_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(storage, "LAST_TRY_STARTS_WITHIN_S", -1.0)
+    bucket = _bucket(monkeypatch, TimeoutError(), TimeoutError())
+    with pytest.raises(Transient):
+        storage.read("gs://b/a")
+    assert bucket.n_calls == 1
