@@ -39,8 +39,8 @@ NO_SPEECH_S = 20.0
 
 # Voices and rates were chosen by what Whisper base reads well at 8 kHz, so that the error rate
 # of the sample says something about a run and not about the synthesiser.
-AGENT_VOICES = ("en-us+victor", "en-us+Diogo", "en-us+anika", "en-us+rob")
-CUSTOMER_VOICES = ("en-us+Mike", "English (Great Britain)+victor", "en-us+m1", "en-us+f5")
+AGENT_VOICES = ("en-us+victor", "en-us+rob", "en-us+Hugo", "en-us+f5")
+CUSTOMER_VOICES = ("en-us+Mike", "en-us+m1", "en-us+edward", "English (Great Britain)+victor")
 RATES_WPM = (140, 145, 150)
 
 # Agent and customer take turns, the agent first. Numbers are spelled as spoken.

@@ -134,7 +134,7 @@ def decode(data: bytes, name: str) -> Audio:
             raise
         second = None
     readings = [r for r in (first, second) if r is not None]
-    best = max(readings, key=lambda r: (not r.damaged, r.n_samples))
+    best = max(readings, key=lambda r: (r.n_samples, not r.damaged))
     return _finish(best, data)
 
 
@@ -153,7 +153,7 @@ def probe_seconds(head: bytes, size_bytes: int, name: str) -> float | None:
         seconds = _probe(head, size_bytes, name)
     except (*_FOREIGN, BadAudio, struct.error):
         return None
-    # Nothing stores a second of sound in under 25 bytes on average except silence in FLAC.
+    # A header that tells more than a second a byte is lying.
     return seconds if seconds is not None and 0 < seconds < size_bytes else None
 
 
@@ -454,9 +454,16 @@ _WIDTH_OF_SUBTYPE = {
 }
 
 
+class _Bytes(io.BytesIO):
+    """libsndfile may seek before the start of a damaged file; soundfile would print the error."""
+
+    def seek(self, offset: int, whence: int = 0, /) -> int:
+        return super().seek(max(0, offset) if whence == 0 else offset, whence)
+
+
 def _open_soundfile(data: bytes, wav: _WavHeader | None) -> _Source | None:
     try:
-        file = sf.SoundFile(io.BytesIO(data))
+        file = sf.SoundFile(_Bytes(data))
     except _FOREIGN:
         return None
     container = _CONTAINER_OF_SOUNDFILE.get(file.format)
@@ -775,9 +782,7 @@ def _wav_header(data: bytes) -> _WavHeader | None:
         elif chunk == b"fmt " and size >= 16 and body + 16 <= len(data):
             fmt = struct.unpack_from(order + "HHIIHHHH", data[body : body + 20].ljust(20, b"\0"))
         elif chunk == b"data" and fmt:
-            claimed = size_64 if data[:4] == b"RF64" and size_64 else size
-            if data[:4] != b"RF64" and _is_unknown_size(claimed):
-                claimed = 0
+            claimed = size_64 or (0 if _is_unknown_size(size) else size)
             empty = size == 0 and _chunks_fill(data, body, order)
             return _wav_of(fmt, body, claimed, empty)
         at = body + size + size % 2

@@ -203,26 +203,29 @@ def _length(pieces: Sequence[Piece]) -> int:
     return last.offset + last.end - last.start
 
 
-def is_dual_mono(samples: npt.NDArray[np.int16], tolerance: float = 0.02) -> bool:
+def is_dual_mono(samples: npt.NDArray[np.int16], correlation: float = 0.9) -> bool:
     """Whether all channels carry the same signal, so that one of them says everything.
 
     Args:
         samples: int16, shape `[n_channels, n_samples]`.
-        tolerance: largest root mean square of the difference, as a share of the louder
-            channel's, that still counts as the same (lossy stereo codecs change a little).
+        correlation: Pearson correlation with the first channel from which another counts
+            as the same: a stereo recording of one room is above it (0.99 and more), the two
+            sides of a call are near 0, whatever their levels.
     """
     first = samples[0]
-    return all(_relative_difference(first, other) <= tolerance for other in samples[1:])
+    return all(_correlation(first, other) >= correlation for other in samples[1:])
 
 
-def _relative_difference(a: npt.NDArray[np.int16], b: npt.NDArray[np.int16]) -> float:
+def _correlation(a: npt.NDArray[np.int16], b: npt.NDArray[np.int16]) -> float:
+    """Correlation of two channels, minute by minute to bound memory; 1 if both are silent."""
     block = 60 * SAMPLE_RATE
-    difference = energy_a = energy_b = 0.0
+    product = energy_a = energy_b = 0.0
     for start in range(0, len(a), block):
         x = a[start : start + block].astype(np.float32)
         y = b[start : start + block].astype(np.float32)
-        difference += float(np.dot(x - y, x - y))
+        product += float(np.dot(x, y))
         energy_a += float(np.dot(x, x))
         energy_b += float(np.dot(y, y))
-    loudest = max(energy_a, energy_b)
-    return (difference / loudest) ** 0.5 if loudest else 0.0
+    if not energy_a and not energy_b:
+        return 1.0
+    return product / max((energy_a * energy_b) ** 0.5, 1e-9)

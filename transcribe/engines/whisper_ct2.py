@@ -3,9 +3,10 @@
 Owns features, padding, batches and the retries of one checkpoint. Knows nothing of
 recordings or files.
 
-Two habits make it fast without changing a window's result (docs/decisions.md):
-windows are padded to their own length class instead of 30 s, and only windows of one class
-share a batch. A result that looks wrong is tried again, first with the full 30 s.
+What makes it fast (docs/decisions.md): the encoder hears only a window's own length class,
+speech and a second, instead of 30 s; the rest of its output is taken from an encoding of
+silence made once. Without that rest Whisper misses the end of the speech and repeats itself.
+A result that looks wrong is tried again, first with the full 30 s.
 """
 
 from __future__ import annotations
