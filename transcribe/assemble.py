@@ -5,6 +5,7 @@ Pure: knows windows, hypotheses and the output's fields, but no audio, files or 
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -20,8 +21,6 @@ _LOOP_COMPRESSION_RATIO = 2.4
 
 # Flags that say "this text was probably not spoken": left out of the transcript's `text`.
 _NOT_SPOKEN = frozenset({"no_speech", "loop"})
-
-_COVERAGE_TOLERANCE_S = 0.02
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,7 +62,7 @@ def assemble(windows: Sequence[Window], hypotheses: Sequence[Hypothesis]) -> Ass
     """Join the hypotheses of one recording's windows.
 
     Args:
-        windows: all windows of the recording, any channel order.
+        windows: all windows of the recording.
         hypotheses: one for each window, in the same order.
 
     Returns:
@@ -91,8 +90,8 @@ def _segments(window: Window, hypothesis: Hypothesis) -> list[Segment]:
     return [
         Segment(
             channel=window.channel,
-            start=window.source_sample(round(s.start_s * SAMPLE_RATE)) / SAMPLE_RATE,
-            end=window.source_sample(round(s.end_s * SAMPLE_RATE), is_end=True) / SAMPLE_RATE,
+            start=window.start / SAMPLE_RATE + s.start_s,
+            end=window.start / SAMPLE_RATE + s.end_s,
             text=s.text,
             avg_logprob=hypothesis.avg_logprob,
             compression_ratio=hypothesis.compression_ratio,
@@ -140,21 +139,22 @@ def coverage_breach(n_samples: int, spans: Sequence[Span], windows: Sequence[Win
         windows: its windows.
 
     Returns:
-        None when spans lie in the channel without overlap and every one of their samples is
-        in exactly one window; else a sentence that says what is wrong.
+        None when spans and windows lie in the channel in order, without overlap, and every
+        span lies in one window; else a sentence that says what is wrong.
     """
     end = 0
     for span in spans:
         if span.start < end or span.end > n_samples or span.n_samples <= 0:
             return f"speech span {span.start}-{span.end} overlaps or leaves the channel"
         end = span.end
-    pieces = sorted((p.start, p.end) for w in windows for p in w.pieces)
-    heard = sum(_overlap(span, start, stop) for span in spans for start, stop in pieces)
-    speech = sum(span.n_samples for span in spans)
-    if abs(heard - speech) > _COVERAGE_TOLERANCE_S * SAMPLE_RATE:
-        return f"{(speech - heard) / SAMPLE_RATE:+.3f} s of speech are in no window or in two"
+    position = 0
+    remaining = deque(spans)
+    for window in windows:
+        if window.start < position or window.end > n_samples:
+            return f"window {window.start}-{window.end} overlaps or leaves the channel"
+        position = window.end
+        while remaining and window.start <= remaining[0].start and remaining[0].end <= window.end:
+            remaining.popleft()
+    if remaining:
+        return f"speech span {remaining[0].start}-{remaining[0].end} is not in one window"
     return None
-
-
-def _overlap(span: Span, start: int, stop: int) -> int:
-    return max(0, min(span.end, stop) - max(span.start, start))

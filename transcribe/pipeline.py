@@ -228,7 +228,7 @@ def _find_speech(
         if breach := coverage_breach(len(channel_samples), spans, packed):
             raise TranscribeError(f"channel {channel}: {breach}")
         windows.extend(packed)
-        cuts.extend(window.cut(channel_samples) for window in packed)
+        cuts.extend(channel_samples[w.start : w.end].copy() for w in packed)
         covered.append(coverage(channel, len(channel_samples), spans))
     if mode != "mix":  # dual mono: the other channels say the same and are skipped
         duration = samples.shape[1] / decode.SAMPLE_RATE

@@ -19,8 +19,9 @@ from transcribe.decode import SAMPLE_RATE
 FRAME_SAMPLES = 512  # Silero VAD judges 32 ms at a time
 MAX_WINDOW_SAMPLES = 30 * SAMPLE_RATE  # what Whisper was trained to hear at once
 
-# A pause inside a window longer than this is shortened to it: recognisers spend time on
-# silence, and invent text in it.
+# Speech on both sides of a longer pause is recognised apart. Whisper tends to stop at a long
+# pause and drop what follows, and turns of a call stay in order only if they stay apart
+# (docs/decisions.md has the figures).
 MAX_PAUSE_SAMPLES = SAMPLE_RATE
 
 _THRESHOLD = 0.5
@@ -43,52 +44,17 @@ class Span:
 
 
 @dataclass(frozen=True, slots=True)
-class Piece:
-    """Part of a window: source samples `start` to `end` placed at `offset` in the window."""
-
-    start: int
-    end: int
-    offset: int
-
-
-@dataclass(frozen=True, slots=True)
 class Window:
-    """What an engine hears: up to 30 s of one channel, in time order."""
+    """What an engine hears: up to 30 s of one channel, `start` to `end` in samples."""
 
     channel: int
-    pieces: tuple[Piece, ...]
+    start: int
+    end: int
 
     @property
     def n_samples(self) -> int:
         """Length in samples, without padding."""
-        last = self.pieces[-1]
-        return last.offset + last.end - last.start
-
-    @property
-    def start(self) -> int:
-        """First source sample."""
-        return self.pieces[0].start
-
-    @property
-    def end(self) -> int:
-        """Source sample after the last one."""
-        return self.pieces[-1].end
-
-    def cut(self, channel_samples: npt.NDArray[np.int16]) -> npt.NDArray[np.int16]:
-        """The window's own samples, shape `[n_samples]`, cut from its whole channel."""
-        return np.concatenate([channel_samples[p.start : p.end] for p in self.pieces])
-
-    def source_sample(self, position: int, *, is_end: bool = False) -> int:
-        """Source sample that stands at `position` samples into the window.
-
-        Where two pieces meet, a segment's end belongs to the piece before and a start to
-        the piece after. Positions outside the window are moved to its nearest edge.
-        """
-        for piece in self.pieces:
-            piece_end = piece.offset + piece.end - piece.start
-            if position < piece_end or (is_end and position == piece_end):
-                return piece.start + max(0, position - piece.offset)
-        return self.end
+        return self.end - self.start
 
 
 class SpeechDetector:
@@ -166,41 +132,17 @@ def pack_windows(
 ) -> list[Window]:
     """Put neighbouring spans of one channel together into windows of at most `max_samples`.
 
-    Every speech sample lands in exactly one window. A pause of up to `max_pause` between
-    two spans of a window stays as it is; a longer one is shortened to `max_pause`, half of
-    it taken from either side.
+    Spans share a window only if the pause between them is at most `max_pause`; it stays in
+    the window as it is. Every speech sample lands in exactly one window.
     """
     windows: list[Window] = []
-    pieces: list[Piece] = []
     for span in spans:
-        extended = _extend(pieces, span, max_pause)
-        if extended is None or _length(extended) > max_samples:
-            if pieces:
-                windows.append(Window(channel, tuple(pieces)))
-            extended = [Piece(span.start, span.end, 0)]
-        pieces = extended
-    if pieces:
-        windows.append(Window(channel, tuple(pieces)))
+        last = windows[-1] if windows else None
+        if last and span.start - last.end <= max_pause and span.end - last.start <= max_samples:
+            windows[-1] = Window(channel, last.start, span.end)
+        else:
+            windows.append(Window(channel, span.start, span.end))
     return windows
-
-
-def _extend(pieces: list[Piece], span: Span, max_pause: int) -> list[Piece] | None:
-    """`pieces` with `span` appended; None when there is nothing to append to."""
-    if not pieces:
-        return None
-    last = pieces[-1]
-    pause = span.start - last.end
-    if pause <= max_pause:
-        return [*pieces[:-1], Piece(last.start, span.end, last.offset)]
-    before, after = max_pause // 2, max_pause - max_pause // 2
-    longer = Piece(last.start, last.end + before, last.offset)
-    offset = longer.offset + longer.end - longer.start
-    return [*pieces[:-1], longer, Piece(span.start - after, span.end, offset)]
-
-
-def _length(pieces: Sequence[Piece]) -> int:
-    last = pieces[-1]
-    return last.offset + last.end - last.start
 
 
 def is_dual_mono(samples: npt.NDArray[np.int16], correlation: float = 0.9) -> bool:
@@ -228,4 +170,5 @@ def _correlation(a: npt.NDArray[np.int16], b: npt.NDArray[np.int16]) -> float:
         energy_b += float(np.dot(y, y))
     if not energy_a and not energy_b:
         return 1.0
-    return product / max((energy_a * energy_b) ** 0.5, 1e-9)
+    scale = max((energy_a * energy_b) ** 0.5, 1e-9)
+    return product / float(scale)

@@ -27,6 +27,8 @@ from transcribe.engines.whisper_tokens import WhisperTokens, compression_ratio
 from transcribe.errors import Fatal
 from transcribe.models import Model
 
+_Encoded = npt.NDArray[np.float32]
+
 _FULL = 30 * SAMPLE_RATE
 _MARGIN = SAMPLE_RATE  # silence after the speech, by which Whisper knows that it has ended
 _LENGTH_CLASS = 2 * SAMPLE_RATE
@@ -39,6 +41,8 @@ _MIN_AVG_LOGPROB = -1.0
 _MAX_NO_SPEECH_PROB = 0.6
 # Nobody speaks faster than this; 20 is a fast reader. Repeated text shows here first.
 _MAX_CHARACTERS_PER_SECOND = 30.0
+# A window ends in speech, but for 0.2 s. Text that ends much earlier has lost some of it.
+_MAX_UNHEARD_S = 2.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,10 +95,11 @@ class WhisperCT2:
         if language is not None:
             self._tokens.prompt(language)
         self._features = LogMel(self._model.n_mels)
+        self._silence = self._encoder_output(np.zeros(0, dtype=np.int16), _FULL)
 
     def recognise(self, windows: Sequence[EngineInput]) -> list[Hypothesis]:
         """One hypothesis per window, in order (see `Engine`)."""
-        encoded: dict[int, Any] = {}
+        encoded: dict[int, _Encoded] = {}
         languages = self._languages(windows, encoded)
         results: dict[int, Hypothesis] = {}
         todo = list(range(len(windows)))
@@ -111,34 +116,36 @@ class WhisperCT2:
         indices: Sequence[int],
         languages: Sequence[tuple[str, float]],
         attempt: _Attempt,
-        encoded: dict[int, Any],
+        encoded: dict[int, _Encoded],
     ) -> Iterator[tuple[int, Hypothesis]]:
         """Decode the windows at `indices` once; `encoded` may hold some of them already."""
-        lengths = [padded_length(windows[i], attempt.full_padding) for i in indices]
-        for batch in plan_batches(lengths, _BATCH_BUDGET[self.device]):
+        for batch in plan_batches([_FULL] * len(indices), _BATCH_BUDGET[self.device]):
             members = [indices[position] for position in batch]
-            length = lengths[batch[0]]
             outputs = [
-                encoded.pop(i) if i in encoded else self._encode(windows[i], length)
+                encoded.pop(i) if i in encoded else self._encode(windows[i], attempt.full_padding)
                 for i in members
             ]
             found = self._generate(outputs, [languages[i][0] for i in members], attempt)
             for index, result in zip(members, found, strict=True):
                 yield index, self._hypothesis(result, windows[index], languages[index])
 
-    def _encode(self, window: EngineInput, length: int) -> npt.NDArray[np.float32]:
-        """Encoder output, shape `[1, length / 320, d_model]`.
+    def _encode(self, window: EngineInput, full_padding: bool = False) -> _Encoded:
+        """Encoder output of one window, always 30 s long: `[1, 1500, d_model]`.
 
         One window at a time: on a CPU this is faster than a batch (memory traffic), and a
         window's encoding then never depends on its neighbours.
         """
-        features = self._features(window.samples, length)
-        view = self._ct2.StorageView.from_array(features[None])
+        heard = self._encoder_output(window.samples, padded_length(window, full_padding))
+        return np.concatenate([heard, self._silence[:, heard.shape[1] :]], axis=1)
+
+    def _encoder_output(self, samples: npt.NDArray[np.int16], length: int) -> _Encoded:
+        """`samples` padded to `length` through the encoder: `[1, length / 320, d_model]`."""
+        view = self._ct2.StorageView.from_array(self._features(samples, length)[None])
         output = self._model.encode(view, to_cpu=self.device != "cpu")
-        return np.asarray(output)
+        return np.array(output, dtype=np.float32)
 
     def _generate(
-        self, outputs: Sequence[npt.NDArray[np.float32]], languages: Sequence[str], how: _Attempt
+        self, outputs: Sequence[_Encoded], languages: Sequence[str], how: _Attempt
     ) -> list[Any]:
         batch = np.ascontiguousarray(np.concatenate(outputs))
         generated: list[Any] = self._model.generate(
@@ -168,7 +175,7 @@ class WhisperCT2:
         )
 
     def _languages(
-        self, windows: Sequence[EngineInput], encoded: dict[int, Any]
+        self, windows: Sequence[EngineInput], encoded: dict[int, _Encoded]
     ) -> list[tuple[str, float]]:
         """Language and its probability for each window.
 
@@ -185,13 +192,13 @@ class WhisperCT2:
         return [decided[window.group] for window in windows]
 
     def _vote(
-        self, windows: Sequence[EngineInput], members: Sequence[int], encoded: dict[int, Any]
+        self, windows: Sequence[EngineInput], members: Sequence[int], encoded: dict[int, _Encoded]
     ) -> tuple[str, float]:
         voters = sorted(members, key=lambda i: -len(windows[i].samples))
         scores: dict[str, float] = {}
         weight = 0.0
         for index in voters[:_WINDOWS_PER_LANGUAGE_VOTE]:
-            output = self._encode(windows[index], padded_length(windows[index], False))
+            output = self._encode(windows[index])
             encoded[index] = output
             view = self._ct2.StorageView.from_array(output)
             n_samples = len(windows[index].samples)
@@ -249,10 +256,12 @@ def _is_suspicious(hypothesis: Hypothesis, window: EngineInput) -> bool:
     if _is_silence(hypothesis):
         return False
     seconds = len(window.samples) / SAMPLE_RATE
+    heard_until = hypothesis.segments[-1].end_s if hypothesis.segments else 0.0
     return (
         hypothesis.compression_ratio > _MAX_COMPRESSION_RATIO
         or hypothesis.avg_logprob < _MIN_AVG_LOGPROB
         or len(hypothesis.text) > _MAX_CHARACTERS_PER_SECOND * max(1.0, seconds)
+        or seconds - heard_until > _MAX_UNHEARD_S
     )
 
 
