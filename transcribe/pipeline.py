@@ -11,6 +11,7 @@ the same `decode_shard`, `recognise_shard` and `publish_shard` in tasks and acto
 from __future__ import annotations
 
 import functools
+import logging
 import os
 import platform
 import resource
@@ -19,7 +20,7 @@ import time
 from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 
 import numpy as np
@@ -30,10 +31,12 @@ from transcribe.archive import Recording
 from transcribe.assemble import Coverage, assemble, coverage, coverage_breach
 from transcribe.config import ChannelMode, RunConfig
 from transcribe.engines.base import Engine, EngineInput, Hypothesis, recognise_checked
-from transcribe.errors import BadAudio, TranscribeError
+from transcribe.errors import BadAudio
 from transcribe.publish import publish_shard as write_shard
 from transcribe.shards import Shard
 from transcribe.speech import SpeechDetector, Window, is_dual_mono, pack_windows
+
+_LOG = logging.getLogger(__name__)
 
 _READ_AHEAD = 4  # objects fetched while one is decoded: hides a bucket's latency
 
@@ -55,12 +58,12 @@ class DecodedRecording:
     """A recording after decoding: its windows with their samples, or why there are none."""
 
     recording: Recording
-    decode_seconds: float
     facts: rows.AudioFacts | None = None
     windows: tuple[Window, ...] = ()
     samples: tuple[npt.NDArray[np.int16], ...] = ()
     coverage: tuple[Coverage, ...] = ()
     problem: BadAudio | None = None
+    decode_seconds: float = 0.0
 
 
 @dataclass(slots=True)
@@ -182,26 +185,35 @@ def _wait(fetched: Future[bytes]) -> bytes | BadAudio:
 def _decode_recording(
     recording: Recording, data: bytes | BadAudio, mode: ChannelMode, seconds: StageSeconds
 ) -> DecodedRecording:
+    """One recording's windows. Whatever goes wrong in it stays its own matter: a failed row."""
     started = time.perf_counter()
+    detecting_before = seconds.speech_detection
     try:
-        if isinstance(data, BadAudio):
-            raise data
-        audio = decode.decode(data, recording.uri)
+        decoded = _windows_of(recording, data, mode, seconds)
     except BadAudio as problem:
-        spent = time.perf_counter() - started
-        seconds.decode += spent
-        return DecodedRecording(recording, spent, problem=problem)
-    between = time.perf_counter()
-    seconds.decode += between - started
+        decoded = DecodedRecording(recording, problem=problem)
+    except Exception as error:  # a defect here must not cost the shard-mates their rows
+        _LOG.exception("%s: unexpected error while decoding", recording.uri)
+        defect = BadAudio("internal_error", f"unexpected {type(error).__name__} while decoding")
+        decoded = DecodedRecording(recording, problem=defect)
+    spent = time.perf_counter() - started
+    seconds.decode += spent - (seconds.speech_detection - detecting_before)
+    return replace(decoded, decode_seconds=spent)
+
+
+def _windows_of(
+    recording: Recording, data: bytes | BadAudio, mode: ChannelMode, seconds: StageSeconds
+) -> DecodedRecording:
+    if isinstance(data, BadAudio):
+        raise data
+    audio = decode.decode(data, recording.uri)
+    started = time.perf_counter()
     windows, samples, covered = _find_speech(audio.samples, mode)
-    ended = time.perf_counter()
-    seconds.speech_detection += ended - between
+    seconds.speech_detection += time.perf_counter() - started
     facts = rows.AudioFacts(
         audio.container, audio.codec, audio.sample_rate, len(audio.samples), audio.duration_s
     )
-    return DecodedRecording(
-        recording, ended - started, facts, windows, samples, covered, audio.problem
-    )
+    return DecodedRecording(recording, facts, windows, samples, covered, audio.problem)
 
 
 @functools.cache
@@ -216,7 +228,8 @@ def _find_speech(
     """Windows of all channels (`samples`: `[n_channels, n_samples]`), cut, and coverage.
 
     Raises:
-        TranscribeError: the windows would lose or double speech (a defect, never published).
+        BadAudio: the windows would lose or double speech: a defect, and better no row of
+            text than one with a hole.
     """
     heard = select_channels(samples, mode)
     windows: list[Window] = []
@@ -226,7 +239,7 @@ def _find_speech(
         spans = _detector().spans(channel_samples)
         packed = pack_windows(spans, channel)
         if breach := coverage_breach(len(channel_samples), spans, packed):
-            raise TranscribeError(f"channel {channel}: {breach}")
+            raise BadAudio("coverage", f"channel {channel}: {breach}")
         windows.extend(packed)
         cuts.extend(channel_samples[w.start : w.end].copy() for w in packed)
         covered.append(coverage(channel, len(channel_samples), spans))

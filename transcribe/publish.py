@@ -95,14 +95,30 @@ def _transcript_files(out: str) -> list[str]:
 
 
 def _read(url: str, columns: list[str] | None = None) -> pa.Table:
+    """A transcript file's table, with all of `columns` (default: of the schema) in place."""
     try:
         with storage.open_parquet_source(url) as source:
-            return pq.read_table(source, columns=columns)
-    except (pa.ArrowInvalid, KeyError) as error:
-        raise Fatal(
-            f"{url} is not a transcript file of this program ({error});"
-            " move it away, and its recordings will be transcribed again."
-        ) from None
+            table = pq.read_table(source, columns=columns)
+        table.validate(full=True)
+    except (pa.ArrowException, OSError, UnicodeError) as error:
+        # pyarrow says most damage as an OSError without a number; one with a number is the disk's.
+        if isinstance(error, OSError) and error.errno is not None:
+            raise Fatal(f"{url} cannot be read ({error.strerror}); try again later.") from None
+        raise _not_ours(url, str(error).partition("\n")[0]) from None
+    for name in columns or schema.TRANSCRIPT.names:
+        # pyarrow passes over a wanted column that is not there.
+        if name not in table.column_names:
+            raise _not_ours(url, f"it has no column {name}")
+        if table.schema.field(name).type != schema.TRANSCRIPT.field(name).type:
+            raise _not_ours(url, f"its column {name} has another type")
+    return table
+
+
+def _not_ours(url: str, reason: str) -> Fatal:
+    return Fatal(
+        f"{url} is not a transcript file of this program ({reason.rstrip('.')});"
+        " move it away, and its recordings will be transcribed again."
+    )
 
 
 def settle(out: str) -> int:
@@ -164,7 +180,9 @@ def claim_settings(out: str, settings: dict[str, Any]) -> None:
     try:
         before = json.loads(storage.read(url))
     except ValueError:
-        raise Fatal(f"{url} is damaged (not JSON); restore it or choose another OUT.") from None
+        before = None
+    if not isinstance(before, dict):
+        raise Fatal(f"{url} is damaged (not JSON); restore it or choose another OUT.")
     differing = sorted(k for k in {*settings, *before} if settings.get(k) != before.get(k))
     if differing:
         changes = "; ".join(

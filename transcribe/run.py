@@ -13,11 +13,12 @@ import secrets
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from typing import Any
 
 from rich.console import Console
+from rich.logging import RichHandler
 
 from transcribe import distributed, models, publish, schema, storage
 from transcribe.archive import Recording, estimate_durations, list_archive
@@ -101,31 +102,64 @@ def _subtract(recordings: Sequence[Recording], done: set[str]) -> list[Recording
 
 
 def transcribe(config: RunConfig, address: str | None, console: Console) -> dict[str, Any]:
-    """Do one whole run; see `prepare` and `execute` for what they raise."""
-    plan = prepare(config, console.print)
-    with _log_kept(plan):
-        return execute(plan, address, console)
+    """Do one whole run.
+
+    Args:
+        config: the settings.
+        address: Ray cluster to join; None starts an embedded one.
+        console: where progress goes.
+
+    Returns:
+        The content of report.json, and under `published` the rows of OUT by status.
+
+    Raises:
+        Fatal: the run cannot be done, or not finished; see `prepare` and `execute`.
+        Transient: a store stayed out of reach through all retries.
+    """
+    config = replace(
+        config, archive=storage.absolute(config.archive), out=storage.absolute(config.out)
+    )
+    with _logging_to(console) as log:
+        plan = prepare(config, console.print)
+        if not plan.shards:
+            return _finish(plan, distributed.Placement("cpu", 0), [], _Clock())
+        try:
+            return execute(plan, address, console)
+        except TranscribeError as error:
+            _LOG.error("%s", error)
+            raise
+        finally:
+            url = publish.run_url(config.out, plan.run_id, "log.txt")
+            storage.put(url, log.getvalue().encode())
 
 
 @contextmanager
-def _log_kept(plan: Plan) -> Iterator[None]:
-    """Collect the driver's log and store it as the run's `log.txt`, however the run ends."""
+def _logging_to(console: Console) -> Iterator[io.StringIO]:
+    """Show this package's warnings to the user; collect all of its log for `log.txt`."""
     lines = io.StringIO()
-    handler = logging.StreamHandler(lines)
-    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    kept = logging.StreamHandler(lines)
+    kept.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    shown = RichHandler(logging.WARNING, console, show_time=False, show_path=False)
     logger = logging.getLogger("transcribe")
-    logger.addHandler(handler)
+    before = logger.level, logger.propagate
     logger.setLevel(logging.INFO)
+    logger.propagate = False
+    logger.addHandler(kept)
+    logger.addHandler(shown)
     try:
-        yield
-    except TranscribeError as error:
-        _LOG.error("%s", error)
-        raise
+        yield lines
     finally:
-        logger.removeHandler(handler)
-        if plan.shards:
-            url = publish.run_url(plan.config.out, plan.run_id, "log.txt")
-            storage.put(url, lines.getvalue().encode())
+        logger.removeHandler(kept)
+        logger.removeHandler(shown)
+        logger.level, logger.propagate = before
+
+
+@dataclass(slots=True)
+class _Clock:
+    """When (monotonic seconds) a run began, and when its first shard did."""
+
+    started: float = field(default_factory=time.monotonic)
+    first_work: float = field(default_factory=time.monotonic)
 
 
 def execute(plan: Plan, address: str | None, console: Console) -> dict[str, Any]:
@@ -138,10 +172,8 @@ def execute(plan: Plan, address: str | None, console: Console) -> dict[str, Any]
         Fatal: no cluster, nothing fits on it, or a stage had to stop the run. What is
             published by then stays.
     """
-    started = time.monotonic()
+    clock = _Clock()
     config = plan.config
-    if not plan.shards:
-        return _finish(plan, distributed.Placement("cpu", 0), [], started, started)
     distributed.connect(address, config.workers)
     try:
         placement = distributed.place(
@@ -156,16 +188,23 @@ def execute(plan: Plan, address: str | None, console: Console) -> dict[str, Any]
             device=placement.device,
         )
         _write(plan, "config.json", {**config.as_dict(), "fingerprint": plan.config_fingerprint})
-        summaries, first_work = _work(plan, job, placement, console)
+        summaries = _work(plan, job, placement, console)
     finally:
         distributed.disconnect()
-    return _finish(plan, placement, summaries, started, first_work)
+    # Workers' clocks tell when work began: what lies before is start-up.
+    first = min(summary.started_at for summary in summaries)
+    clock.first_work = max(clock.started, time.monotonic() - (time.time() - first))
+    return _finish(plan, placement, summaries, clock)
 
 
 def _work(
     plan: Plan, job: Job, placement: distributed.Placement, console: Console
-) -> tuple[list[ShardSummary], float]:
-    """Drain the shards; returns their summaries and when (monotonic) work began."""
+) -> list[ShardSummary]:
+    """Drain the shards, showing progress.
+
+    Raises:
+        Fatal: a shard did not come back.
+    """
     planned = {shard.shard_id: shard.duration_s for shard in plan.shards}
     totals = Totals()
     summaries: list[ShardSummary] = []
@@ -189,16 +228,14 @@ def _work(
             f"{len(planned)} of {len(plan.shards)} shards did not come back from Ray;"
             " what is published stays. Run the same command again to do the rest."
         )
-    first = min((s.started_at for s in summaries), default=time.time())
-    return summaries, time.monotonic() - (time.time() - first)
+    return summaries
 
 
 def _finish(
     plan: Plan,
     placement: distributed.Placement,
     summaries: list[ShardSummary],
-    started: float,
-    first_work: float,
+    clock: _Clock,
 ) -> dict[str, Any]:
     superseded = publish.settle(plan.config.out) if summaries else 0
     totals = Totals()
@@ -216,9 +253,9 @@ def _finish(
         archive_recordings=plan.archive_recordings,
         already_transcribed=plan.already_transcribed,
         superseded=superseded,
-        startup_seconds=first_work - started,
-        processing_seconds=now - first_work,
-        total_seconds=now - started,
+        startup_seconds=clock.first_work - clock.started,
+        processing_seconds=now - clock.first_work,
+        total_seconds=now - clock.started,
         driver_peak_bytes=peak_bytes(),
     )
     result = report(facts, totals, summaries)

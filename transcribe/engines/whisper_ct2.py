@@ -23,7 +23,7 @@ import torchaudio
 from transcribe.batching import plan_batches
 from transcribe.decode import SAMPLE_RATE
 from transcribe.engines.base import EngineInput, Hypothesis
-from transcribe.engines.whisper_tokens import WhisperTokens, compression_ratio
+from transcribe.engines.whisper_tokens import WhisperTokens, compression_ratio, says_twice
 from transcribe.errors import Fatal
 from transcribe.models import Model
 
@@ -262,6 +262,7 @@ def _is_suspicious(hypothesis: Hypothesis, window: EngineInput) -> bool:
         or hypothesis.avg_logprob < _MIN_AVG_LOGPROB
         or len(hypothesis.text) > _MAX_CHARACTERS_PER_SECOND * max(1.0, seconds)
         or seconds - heard_until > _MAX_UNHEARD_S
+        or says_twice(hypothesis.text)
     )
 
 

@@ -6,6 +6,7 @@ Pure: knows no model runtime, so that every Whisper engine can share it.
 
 from __future__ import annotations
 
+import re
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -109,3 +110,13 @@ def compression_ratio(text: str) -> float:
     """
     data = text.encode()
     return len(data) / len(zlib.compress(data)) if data else 0.0
+
+
+def says_twice(text: str, min_words: int = 4) -> bool:
+    """Whether a phrase of at least `min_words` words is followed at once by itself."""
+    words = re.findall(r"\w+", text.lower())
+    return any(
+        words[start : start + length] == words[start + length : start + 2 * length]
+        for length in range(min_words, len(words) // 2 + 1)
+        for start in range(len(words) - 2 * length + 1)
+    )
