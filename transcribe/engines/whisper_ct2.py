@@ -12,7 +12,7 @@ A result that looks wrong is tried again, first with the full 30 s.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -22,7 +22,7 @@ import torchaudio
 
 from transcribe.batching import plan_batches
 from transcribe.decode import SAMPLE_RATE
-from transcribe.engines.base import EngineInput, Hypothesis
+from transcribe.engines.base import EngineInput, Hypothesis, HypothesisSegment
 from transcribe.engines.whisper_tokens import WhisperTokens, compression_ratio, says_twice
 from transcribe.errors import Fatal
 from transcribe.models import Model
@@ -100,7 +100,15 @@ class WhisperCT2:
     def recognise(self, windows: Sequence[EngineInput]) -> list[Hypothesis]:
         """One hypothesis per window, in order (see `Engine`)."""
         encoded: dict[int, _Encoded] = {}
-        languages = self._languages(windows, encoded)
+        return self._recognise(windows, self._languages(windows, encoded), encoded)
+
+    def _recognise(
+        self,
+        windows: Sequence[EngineInput],
+        languages: Sequence[tuple[str, float]],
+        encoded: dict[int, _Encoded],
+    ) -> list[Hypothesis]:
+        """Attempt after attempt on what still looks wrong; then the tails that were not heard."""
         results: dict[int, Hypothesis] = {}
         todo = list(range(len(windows)))
         for attempt in (_FIRST, *_RETRIES):
@@ -108,7 +116,37 @@ class WhisperCT2:
                 results[index] = _better(results.get(index), hypothesis, windows[index])
             encoded.clear()
             todo = [i for i in todo if _is_suspicious(results[i], windows[i])]
+        self._hear_on(windows, languages, results, todo)
         return [results[i] for i in range(len(windows))]
+
+    def _hear_on(
+        self,
+        windows: Sequence[EngineInput],
+        languages: Sequence[tuple[str, float]],
+        results: dict[int, Hypothesis],
+        doubtful: Sequence[int],
+    ) -> None:
+        """Recognise what lies behind a text that ends too early, and join it to that text.
+
+        Whisper's own long-form decoding goes on from its last timestamp in the same way
+        (Radford et al. 2022, section 3.8). A text that has not begun cannot be gone on with.
+        """
+        cut = [
+            i
+            for i in doubtful
+            if 0 < _heard_s(results[i]) < _duration_s(windows[i]) - _MAX_UNHEARD_S
+        ]
+        if not cut:
+            return
+        tails = [
+            EngineInput(
+                windows[i].samples[round(_heard_s(results[i]) * SAMPLE_RATE) :], windows[i].group
+            )
+            for i in cut
+        ]
+        heard = self._recognise(tails, [languages[i] for i in cut], {})
+        for index, tail in zip(cut, heard, strict=True):
+            results[index] = _joined(results[index], tail)
 
     def _attempt(
         self,
@@ -255,14 +293,37 @@ def _is_suspicious(hypothesis: Hypothesis, window: EngineInput) -> bool:
     """Whether the text is likely wrong and worth another attempt."""
     if _is_silence(hypothesis):
         return False
-    seconds = len(window.samples) / SAMPLE_RATE
-    heard_until = hypothesis.segments[-1].end_s if hypothesis.segments else 0.0
+    seconds = _duration_s(window)
     return (
         hypothesis.compression_ratio > _MAX_COMPRESSION_RATIO
         or hypothesis.avg_logprob < _MIN_AVG_LOGPROB
         or len(hypothesis.text) > _MAX_CHARACTERS_PER_SECOND * max(1.0, seconds)
-        or seconds - heard_until > _MAX_UNHEARD_S
+        or seconds - _heard_s(hypothesis) > _MAX_UNHEARD_S
         or says_twice(hypothesis.text)
+    )
+
+
+def _duration_s(window: EngineInput) -> float:
+    return len(window.samples) / SAMPLE_RATE
+
+
+def _heard_s(hypothesis: Hypothesis) -> float:
+    """Where the text ends, in seconds from the window's start; 0 without text."""
+    return hypothesis.segments[-1].end_s if hypothesis.segments else 0.0
+
+
+def _joined(first: Hypothesis, tail: Hypothesis) -> Hypothesis:
+    """`tail` put behind `first`; the doubtful values of the two stay."""
+    if not tail.segments or _is_silence(tail):
+        return first
+    shift = _heard_s(first)
+    moved = [HypothesisSegment(s.start_s + shift, s.end_s + shift, s.text) for s in tail.segments]
+    return replace(
+        first,
+        segments=(*first.segments, *moved),
+        avg_logprob=min(first.avg_logprob, tail.avg_logprob),
+        compression_ratio=max(first.compression_ratio, tail.compression_ratio),
+        no_speech_prob=min(first.no_speech_prob, tail.no_speech_prob),
     )
 
 
