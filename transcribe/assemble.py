@@ -90,8 +90,8 @@ def _segments(window: Window, hypothesis: Hypothesis) -> list[Segment]:
     return [
         Segment(
             channel=window.channel,
-            start=window.start / SAMPLE_RATE + s.start_s,
-            end=window.start / SAMPLE_RATE + s.end_s,
+            start=round(window.start / SAMPLE_RATE + s.start_s, 3),
+            end=round(window.start / SAMPLE_RATE + s.end_s, 3),
             text=s.text,
             avg_logprob=hypothesis.avg_logprob,
             compression_ratio=hypothesis.compression_ratio,

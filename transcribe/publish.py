@@ -98,7 +98,7 @@ def _read(url: str, columns: list[str] | None = None) -> pa.Table:
     """A transcript file's table, with all of `columns` (default: of the schema) in place."""
     try:
         with storage.open_parquet_source(url) as source:
-            table = pq.read_table(source, columns=columns)
+            table = pq.ParquetFile(source).read(columns)
         table.validate(full=True)
     except (pa.ArrowException, OSError, UnicodeError) as error:
         # pyarrow says most damage as an OSError without a number; one with a number is the disk's.

@@ -1,0 +1,81 @@
+"""The Whisper engine with the embedded weights: what it hears, and that batches do not matter."""
+
+import numpy as np
+import pytest
+import torch
+import torchaudio
+
+from jobs.sample_archive import SYNTH_RATE, speak
+from transcribe.engines.base import EngineInput
+from transcribe.engines.whisper_ct2 import WhisperCT2
+from transcribe.models import resolve
+from transcribe.score import score_texts
+
+SENTENCES = [
+    "Thank you for calling, how can I help you today?",
+    "My internet connection has been down since yesterday evening.",
+    "Please send the invoice to my new address before Friday.",
+    "Yes, that is correct.",
+]
+
+
+def spoken(text: str, voice: str = "en-us+rob", group: int = 0) -> EngineInput:
+    audio = torchaudio.functional.resample(torch.from_numpy(speak(text, voice)), SYNTH_RATE, 16_000)
+    return EngineInput((audio.numpy() * 32_767).clip(-32_768, 32_767).astype(np.int16), group)
+
+
+@pytest.fixture(scope="module")
+def engine() -> WhisperCT2:
+    torch.set_num_threads(1)
+    return WhisperCT2(resolve("whisper-base"), language="en", threads=2)
+
+
+@pytest.fixture(scope="module")
+def windows() -> list[EngineInput]:
+    return [spoken(s) for s in SENTENCES]  # espeak-ng never says a thing twice alike
+
+
+@pytest.fixture(scope="module")
+def heard(engine, windows):
+    return engine.recognise(windows)
+
+
+def test_it_reads_clear_speech(heard):
+    score = score_texts(SENTENCES, [h.text for h in heard], ["en"] * len(heard))
+    assert score.wer < 0.15
+
+
+def test_times_lie_in_the_window(windows, heard):
+    for window, hypothesis in zip(windows, heard, strict=True):
+        duration = len(window.samples) / 16_000
+        assert 0 <= hypothesis.segments[0].start_s < hypothesis.segments[-1].end_s
+        assert hypothesis.segments[-1].end_s <= duration + 0.02
+
+
+def test_a_window_reads_the_same_alone_and_in_any_batch(engine, windows, heard):
+    alone = [engine.recognise([w])[0] for w in windows]
+    assert [h.text for h in alone] == [h.text for h in heard]
+    backwards = engine.recognise(windows[::-1])[::-1]
+    assert [h.segments for h in backwards] == [h.segments for h in heard]
+
+
+def test_a_long_monologue_is_heard_to_its_end(engine):
+    text = " ".join(SENTENCES[:3] * 2)
+    (hypothesis,) = engine.recognise([spoken(text)])
+    assert score_texts([text], [hypothesis.text], ["en"]).wer < 0.2
+
+
+def test_the_language_is_detected_for_a_whole_recording():
+    engine = WhisperCT2(resolve("whisper-base"), threads=2)
+    english = [spoken(s, group=0) for s in SENTENCES[:2]]
+    german = spoken(
+        "Guten Tag, ich rufe wegen meiner Rechnung an. Können Sie mir bitte helfen?", "de", group=1
+    )
+    found = engine.recognise([english[0], german, english[1]])
+    assert [h.language for h in found] == ["en", "de", "en"]
+    assert found[0].language_probability == found[2].language_probability
+    assert all(0 < h.language_probability <= 1 for h in found)
+
+
+def test_nothing_in_nothing_out(engine):
+    assert engine.recognise([]) == []
