@@ -11,14 +11,19 @@ import functools
 import logging
 import os
 import pickle
+import socket
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import ray
 import ray.data
 import ray.exceptions
+from ray._private.services import canonicalize_bootstrap_address
+from ray._raylet import GcsClient  # type: ignore[attr-defined]  # compiled
 
 from transcribe import pipeline
 from transcribe.config import Device
@@ -31,6 +36,7 @@ _PUBLISH_CPUS = 0.01  # writing is waiting; a share of its own also keeps Ray fr
 _DECODE_CPUS = 1.0
 _ENGINE_CPUS = 0.98  # differs from decode's, or Ray Data would fuse both into one actor
 _GPU_ENGINE_CPUS = 0.5
+_PROBE_S = 10.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,25 +54,64 @@ def connect(address: str | None, workers: int | None) -> None:
     tasks, which are short, must never wait for an engine to end.
 
     Raises:
-        Fatal: there is no cluster at that address.
+        Fatal: there is no cluster at that address, or it does not let us in.
     """
-    quiet: dict[str, Any] = {
-        "logging_level": logging.ERROR,
-        "log_to_driver": False,
-        "include_dashboard": False,
-    }
+    # Ray's C++ part warns on stderr of things that are not the user's (ray-project/ray#53727).
+    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
+    quiet: dict[str, Any] = {"logging_level": logging.ERROR, "log_to_driver": False}
     if address is None:
         cores = len(os.sched_getaffinity(0))
-        ray.init(address="local", num_cpus=max(cores, workers or 0) + cores + 1, **quiet)
+        cpus = max(cores, workers or 0) + cores + 1
+        with _stderr_silenced():
+            ray.init(address="local", num_cpus=cpus, include_dashboard=False, **quiet)
         return
-    quiet.pop("include_dashboard")
+    if "://" in address:
+        raise Fatal(
+            f"{address!r} is not the address of a Ray cluster's head: give its host and port,"
+            " like 10.0.0.1:6379, or submit with `ray job submit` (see README)."
+        )
     try:
-        ray.init(address=address, **quiet)
-    except (ConnectionError, ValueError, RuntimeError, ray.exceptions.RayError) as error:
+        with _stderr_silenced():
+            _probe(address)
+            ray.init(address=address, **quiet)
+    except ray.exceptions.AuthenticationError:
+        raise Fatal(
+            f"The Ray cluster at {address!r} asks for its token: set RAY_AUTH_MODE=token, and"
+            " RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH to the one of ~/.ray/auth_token on its head."
+        ) from None
+    except (OSError, ValueError, RuntimeError, ray.exceptions.RayError) as error:
         raise Fatal(
             f"No Ray cluster answers at {address!r} ({_first_line(error)});"
             " start one with `ray start --head`, or leave --address out to use this machine."
         ) from None
+
+
+def _probe(address: str) -> None:
+    """Ask once whether a cluster is there and takes our token; `ray.init` asks for 14 minutes.
+
+    Raises:
+        OSError: nothing listens there.
+        ValueError: not an address.
+        ray.exceptions.RayError: what listens is no cluster, or it refuses our token.
+    """
+    head = canonicalize_bootstrap_address(address)
+    host, _, port = (head or "").rpartition(":")
+    socket.create_connection((host.strip("[]"), int(port)), timeout=_PROBE_S).close()
+    if address != "auto":  # then ray.init finds out by itself whether to show a token
+        GcsClient(address=head)
+
+
+@contextmanager
+def _stderr_silenced() -> Iterator[None]:
+    """Drop what C++ code writes to file descriptor 2: Ray does while it is starting."""
+    kept = os.dup(2)
+    with Path(os.devnull).open("wb") as nothing:
+        os.dup2(nothing.fileno(), 2)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
 
 
 def disconnect() -> None:

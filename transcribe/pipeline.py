@@ -34,7 +34,7 @@ from transcribe.engines.base import Engine, EngineInput, Hypothesis, recognise_c
 from transcribe.errors import BadAudio
 from transcribe.publish import publish_shard as write_shard
 from transcribe.shards import Shard
-from transcribe.speech import SpeechDetector, Window, is_dual_mono, pack_windows
+from transcribe.speech import SpeechDetector, Window, distinct_channels, pack_windows
 
 _LOG = logging.getLogger(__name__)
 
@@ -234,30 +234,41 @@ def _find_speech(
     heard = select_channels(samples, mode)
     windows: list[Window] = []
     cuts: list[npt.NDArray[np.int16]] = []
-    covered = []
-    for channel, channel_samples in enumerate(heard):
+    covered = {}
+    for channel, channel_samples in heard.items():
         spans = _detector().spans(channel_samples)
         packed = pack_windows(spans, channel)
         if breach := coverage_breach(len(channel_samples), spans, packed):
             raise BadAudio("coverage", f"channel {channel}: {breach}")
         windows.extend(packed)
         cuts.extend(channel_samples[w.start : w.end].copy() for w in packed)
-        covered.append(coverage(channel, len(channel_samples), spans))
-    if mode != "mix":  # dual mono: the other channels say the same and are skipped
-        duration = samples.shape[1] / decode.SAMPLE_RATE
-        for channel in range(len(heard), len(samples)):
-            covered.append(Coverage(channel, speech=0.0, silence=0.0, skipped=duration))
-    return tuple(windows), tuple(cuts), tuple(covered)
+        covered[channel] = coverage(channel, len(channel_samples), spans)
+    if mode != "mix":  # what needs no recognition is accounted for: silent, or a repetition
+        for channel in set(range(len(samples))) - set(covered):
+            covered[channel] = _unheard(channel, samples[channel])
+    return tuple(windows), tuple(cuts), tuple(covered[c] for c in sorted(covered))
 
 
-def select_channels(samples: npt.NDArray[np.int16], mode: ChannelMode) -> npt.NDArray[np.int16]:
-    """The channels to recognise, shape `[n_heard, n_samples]`, by `--channels`."""
-    if len(samples) == 1 or mode == "split":
-        return samples
-    if mode == "mix":
+def _unheard(channel: int, samples: npt.NDArray[np.int16]) -> Coverage:
+    duration = len(samples) / decode.SAMPLE_RATE
+    if samples.any():
+        return Coverage(channel, speech=0.0, silence=0.0, skipped=duration)
+    return Coverage(channel, speech=0.0, silence=duration, skipped=0.0)
+
+
+def select_channels(
+    samples: npt.NDArray[np.int16], mode: ChannelMode
+) -> dict[int, npt.NDArray[np.int16]]:
+    """The channels to recognise by `--channels`: number -> samples, shape `[n_samples]`.
+
+    A mix is channel 0, whatever it is mixed from.
+    """
+    if mode == "mix" and len(samples) > 1:
         mixed: npt.NDArray[np.float32] = np.rint(samples.mean(axis=0, dtype=np.float32))
-        return mixed.astype(np.int16)[np.newaxis]
-    return samples[:1] if is_dual_mono(samples) else samples
+        return {0: mixed.astype(np.int16)}
+    if mode == "auto" and len(samples) > 1:
+        return {channel: samples[channel] for channel in distinct_channels(samples)}
+    return dict(enumerate(samples))
 
 
 # ---- recognise ------------------------------------------------------------------------

@@ -145,21 +145,29 @@ def pack_windows(
     return windows
 
 
-def is_dual_mono(samples: npt.NDArray[np.int16], correlation: float = 0.9) -> bool:
-    """Whether all channels carry the same signal, so that one of them says everything.
+def distinct_channels(samples: npt.NDArray[np.int16], correlation: float = 0.9) -> list[int]:
+    """The channels that say something of their own; the others repeat one of these.
 
     Args:
         samples: int16, shape `[n_channels, n_samples]`.
-        correlation: Pearson correlation with the first channel from which another counts
-            as the same: a stereo recording of one room is above it (0.99 and more), the two
-            sides of a call are near 0, whatever their levels.
+        correlation: Pearson correlation from which two channels count as the same: two
+            channels of one room are above it (0.99 and more), the two sides of a call are
+            near 0, whatever their levels.
+
+    Returns:
+        Indices of channels, ascending, never empty. Silent channels are left out when
+        another one is not silent.
     """
-    first = samples[0]
-    return all(_correlation(first, other) >= correlation for other in samples[1:])
+    sounding = [i for i in range(len(samples)) if samples[i].any()]
+    distinct: list[int] = []
+    for channel in sounding:
+        if all(_correlation(samples[channel], samples[i]) < correlation for i in distinct):
+            distinct.append(channel)
+    return distinct or [0]
 
 
 def _correlation(a: npt.NDArray[np.int16], b: npt.NDArray[np.int16]) -> float:
-    """Correlation of two channels, minute by minute to bound memory; 1 if both are silent."""
+    """Correlation of two channels, taken minute by minute to bound memory; 0 with silence."""
     block = 60 * SAMPLE_RATE
     product = energy_a = energy_b = 0.0
     for start in range(0, len(a), block):
@@ -168,7 +176,5 @@ def _correlation(a: npt.NDArray[np.int16], b: npt.NDArray[np.int16]) -> float:
         product += float(np.dot(x, y))
         energy_a += float(np.dot(x, x))
         energy_b += float(np.dot(y, y))
-    if not energy_a and not energy_b:
-        return 1.0
     scale = max((energy_a * energy_b) ** 0.5, 1e-9)
     return product / float(scale)
