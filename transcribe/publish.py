@@ -98,7 +98,9 @@ def _read(url: str, columns: list[str] | None = None) -> pa.Table:
     """A transcript file's table, with all of `columns` (default: of the schema) in place."""
     try:
         with storage.open_parquet_source(url) as source:
-            table = pq.ParquetFile(source).read(columns)
+            # Not in pyarrow's threads: one that still lets go of `source`, a Python file, while
+            # the interpreter ends aborts the process, and its exit code is lost.
+            table = pq.read_table(source, columns=columns, use_threads=False, pre_buffer=False)
         table.validate(full=True)
     except (pa.ArrowException, OSError, UnicodeError) as error:
         # pyarrow says most damage as an OSError without a number; one with a number is the disk's.
@@ -167,16 +169,15 @@ def status_counts(out: str) -> dict[str, int]:
     return counts
 
 
-def claim_settings(out: str, settings: dict[str, Any]) -> None:
-    """Make sure that everything in OUT is made with the same settings.
+def check_settings(out: str, settings: dict[str, Any]) -> bool:
+    """Whether OUT is already claimed for `settings`; nothing is written.
 
     Raises:
         Fatal: OUT was begun with others; the sentence names what differs.
     """
     url = storage.join(out, "settings.json")
     if not storage.exists(url):
-        storage.put(url, json.dumps(settings, indent=2, sort_keys=True).encode())
-        return
+        return False
     try:
         before = json.loads(storage.read(url))
     except ValueError:
@@ -192,3 +193,15 @@ def claim_settings(out: str, settings: dict[str, Any]) -> None:
             f"{out} holds transcripts made with other settings ({changes})."
             " Use the same settings to go on with it, or another OUT."
         )
+    return True
+
+
+def claim_settings(out: str, settings: dict[str, Any]) -> None:
+    """Make sure that everything in OUT is made with the same settings.
+
+    Raises:
+        Fatal: OUT was begun with others; the sentence names what differs.
+    """
+    if not check_settings(out, settings):
+        url = storage.join(out, "settings.json")
+        storage.put(url, json.dumps(settings, indent=2, sort_keys=True).encode())

@@ -42,10 +42,15 @@ class Plan:
     run_id: str
     model_revision: str
     engine: str
-    config_fingerprint: str
+    settings: dict[str, Any]
     archive_recordings: int
     already_transcribed: int
     shards: list[Shard]
+
+    @property
+    def config_fingerprint(self) -> str:
+        """Fingerprint of the settings that change results."""
+        return fingerprint(self.settings)
 
     @property
     def duration_s(self) -> float:
@@ -61,7 +66,8 @@ def new_run_id() -> str:
 def prepare(config: RunConfig, say: Callable[[str], None]) -> Plan:
     """List the archive, subtract what is done, cut the rest into shards.
 
-    Everything that can be refused is refused here, before a worker starts.
+    What can be refused is refused here, before a worker starts and before OUT is touched,
+    but for rows that an earlier run left superseded.
 
     Raises:
         Fatal: a missing archive, an unwritable OUT, an unknown model, other settings in OUT.
@@ -70,7 +76,7 @@ def prepare(config: RunConfig, say: Callable[[str], None]) -> Plan:
     storage.check_writable(config.out)
     revision, engine = _model_facts(config)
     settings = result_settings(config, revision, engine)
-    publish.claim_settings(config.out, settings)
+    publish.check_settings(config.out, settings)
     superseded = publish.settle(config.out)
     if superseded:
         say(f"Removed {superseded} rows that an earlier run had left superseded.")
@@ -84,7 +90,7 @@ def prepare(config: RunConfig, say: Callable[[str], None]) -> Plan:
         run_id=new_run_id(),
         model_revision=revision,
         engine=engine,
-        config_fingerprint=fingerprint(settings),
+        settings=settings,
         archive_recordings=len(recordings),
         already_transcribed=done,
         shards=shards,
@@ -123,14 +129,7 @@ def transcribe(config: RunConfig, address: str | None, console: Console) -> dict
         plan = prepare(config, console.print)
         if not plan.shards:
             return _finish(plan, distributed.Placement("cpu", 0), [], _Clock())
-        try:
-            return execute(plan, address, console)
-        except TranscribeError as error:
-            _LOG.error("%s", error)
-            raise
-        finally:
-            url = publish.run_url(config.out, plan.run_id, "log.txt")
-            storage.put(url, log.getvalue().encode())
+        return execute(plan, address, console, log)
 
 
 @contextmanager
@@ -162,15 +161,21 @@ class _Clock:
     first_work: float = field(default_factory=time.monotonic)
 
 
-def execute(plan: Plan, address: str | None, console: Console) -> dict[str, Any]:
+def execute(plan: Plan, address: str | None, console: Console, log: io.StringIO) -> dict[str, Any]:
     """Run the plan on Ray and write the report.
+
+    Args:
+        plan: what is to be done.
+        address: Ray cluster to join; None starts an embedded one.
+        console: where progress goes.
+        log: what has been logged so far; ends as the run's `log.txt`.
 
     Returns:
         The content of report.json.
 
     Raises:
-        Fatal: no cluster, nothing fits on it, or a stage had to stop the run. What is
-            published by then stays.
+        Fatal: no cluster, or nothing fits on it, and OUT is as it was; or a stage had to stop
+            the run, and what is published by then stays.
     """
     clock = _Clock()
     config = plan.config
@@ -179,22 +184,40 @@ def execute(plan: Plan, address: str | None, console: Console) -> dict[str, Any]
         placement = distributed.place(
             config.device, config.workers, config.wait_for_workers_s, console.print
         )
-        job = Job(
-            config=config,
-            run_id=plan.run_id,
-            model_revision=plan.model_revision,
-            engine=plan.engine,
-            config_fingerprint=plan.config_fingerprint,
-            device=placement.device,
-        )
+        publish.claim_settings(config.out, plan.settings)
         _write(plan, "config.json", {**config.as_dict(), "fingerprint": plan.config_fingerprint})
-        summaries = _work(plan, job, placement, console)
+        with _log_stored(plan, log):
+            summaries = _work(plan, _job(plan, placement), placement, console)
     finally:
         distributed.disconnect()
     # Workers' clocks tell when work began: what lies before is start-up.
     first = min(summary.started_at for summary in summaries)
     clock.first_work = max(clock.started, time.monotonic() - (time.time() - first))
     return _finish(plan, placement, summaries, clock)
+
+
+@contextmanager
+def _log_stored(plan: Plan, log: io.StringIO) -> Iterator[None]:
+    """Store the log as `log.txt` however the work ends, with the reason if it fails."""
+    try:
+        yield
+    except TranscribeError as error:
+        log.write(f"stopped: {error}\n")
+        raise
+    finally:
+        url = publish.run_url(plan.config.out, plan.run_id, "log.txt")
+        storage.put(url, log.getvalue().encode())
+
+
+def _job(plan: Plan, placement: distributed.Placement) -> Job:
+    return Job(
+        config=plan.config,
+        run_id=plan.run_id,
+        model_revision=plan.model_revision,
+        engine=plan.engine,
+        config_fingerprint=plan.config_fingerprint,
+        device=placement.device,
+    )
 
 
 def _work(

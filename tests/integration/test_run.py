@@ -1,0 +1,188 @@
+"""`transcribe run` on this machine: exit codes, refusals, reruns, and what a crash leaves."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pyarrow.parquet as pq
+import pytest
+from typer.testing import CliRunner
+
+from transcribe import distributed, run
+from transcribe.cli import app
+from transcribe.config import RunConfig
+from transcribe.pipeline import Job
+
+CALLS = 3
+
+
+def transcribe(archive, out, *flags, model="fake"):
+    command = ["run", str(archive), str(out), "--model", model, *map(str, flags)]
+    return CliRunner().invoke(app, command)
+
+
+def rows_of(out):
+    return pq.read_table(out / "transcripts").sort_by("uri").to_pylist()
+
+
+def files_of(folder):
+    """Content of every file below `folder`, by its path."""
+    return {p: p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+# ---------------------------------------------------------------- refused before any work
+
+
+def refused(result, out):
+    """The one sentence of a run that was refused, after which there is nothing in OUT."""
+    assert result.exit_code == 2, result.output
+    assert result.stderr.startswith("Error: ")
+    assert "Error" not in result.stdout
+    assert "ERROR" not in result.stdout  # said once, not logged to the user as well
+    assert "Traceback" not in result.output
+    assert not out.is_dir() or files_of(out) == {}
+    return " ".join(result.stderr.split())
+
+
+@pytest.fixture
+def small_archive(tmp_path):
+    (tmp_path / "calls").mkdir()
+    (tmp_path / "calls" / "broken.wav").write_bytes(b"this is no audio at all")
+    return tmp_path / "calls"
+
+
+@pytest.mark.parametrize(
+    ("flags", "named"),
+    [
+        (["--language", "xx"], "--language 'xx'"),
+        (["--channels", "both"], "--channels"),
+        (["--speakers", "agent,"], "--speakers"),
+        (["--device", "tpu"], "--device"),
+        (["--workers", "0"], "--workers"),
+        (["--shard-minutes", "0"], "--shard-minutes"),
+        (["--max-failed", "nan"], "--max-failed"),
+        (["--wait-for-workers", "-1"], "--wait-for-workers"),
+    ],
+)
+def test_a_flag_that_cannot_be_is_named(small_archive, tmp_path, flags, named):
+    assert named in refused(transcribe(small_archive, tmp_path / "out", *flags), tmp_path / "out")
+
+
+def test_a_missing_and_an_empty_archive_are_refused(tmp_path):
+    (tmp_path / "empty").mkdir()
+    for archive in (tmp_path / "missing", tmp_path / "empty"):
+        assert str(archive) in refused(transcribe(archive, tmp_path / "out"), tmp_path / "out")
+
+
+def test_an_out_that_is_a_file_is_refused_and_kept(small_archive, tmp_path):
+    out = tmp_path / "out"
+    out.write_text("mine")
+    assert str(out) in refused(transcribe(small_archive, out), out)
+    assert out.read_text() == "mine"
+
+
+def test_an_unknown_model_is_refused(small_archive, tmp_path):
+    result = transcribe(small_archive, tmp_path / "out", model="whisper-enormous")
+    assert "whisper-enormous" in refused(result, tmp_path / "out")
+
+
+@pytest.mark.parametrize("address", ["127.0.0.1:1", "http://127.0.0.1:8265", "nonsense"])
+def test_a_cluster_that_is_not_there_is_refused_at_once(small_archive, tmp_path, address):
+    result = transcribe(small_archive, tmp_path / "out", "--address", address)
+    assert repr(address) in refused(result, tmp_path / "out")
+
+
+# ---------------------------------------------------------------- the life of one OUT
+
+
+def test_from_first_run_to_a_changed_archive(tmp_path, write_archive, write_call, shared_ray):
+    archive, out = write_archive(tmp_path / "calls", CALLS), tmp_path / "out"
+    first = transcribe(archive, out)
+    assert first.exit_code == 1, first.output  # 1 of 5 failed, above the 5 % allowed
+    assert "1 of 5" in first.stdout
+    assert "--max-failed 5.0%" in " ".join(first.stdout.split())
+    assert first.stderr == ""
+    before = rows_of(out)
+    assert [row["uri"] for row in before] == [str(p) for p in sorted(archive.iterdir())]
+    assert [row["status"] for row in before] == ["failed", *["ok"] * CALLS, "empty"]
+    (run_folder,) = (out / "runs").iterdir()
+    kept = {path.name for path in run_folder.iterdir()}
+    assert kept >= {"config.json", "log.txt", "metrics.parquet", "report.json"}
+    metrics = pq.read_table(run_folder / "metrics.parquet").to_pylist()
+    assert sum(shard["recordings"] for shard in metrics) == len(before)
+    assert no_stray_files(out)
+
+    files = files_of(out)
+    again = transcribe(archive, out, "--max-failed", "0.2")
+    assert again.exit_code == 0, again.output
+    assert "5 of 5 recordings already transcribed" in again.stdout
+    assert "Nothing left to do" in again.stdout
+    assert files_of(out) == files
+
+    other = transcribe(archive, out, "--language", "de")
+    assert other.exit_code == 2
+    assert "other settings (language: None there, 'de' now)" in " ".join(other.stderr.split())
+    assert files_of(out) == files
+
+    write_call(archive / "call-01.wav", 7)  # changed
+    write_call(archive / "call-99.wav", 8)  # new
+    more = transcribe(archive, out, "--max-failed", "0.2")
+    assert more.exit_code == 0, more.output
+    assert "4 of 6 recordings already transcribed" in more.stdout
+    after = rows_of(out)
+    assert [row["uri"] for row in after] == [str(p) for p in sorted(archive.iterdir())]
+    old = {row["uri"]: row for row in before}
+    done_now = [row for row in after if row != old.get(row["uri"])]
+    assert [row["uri"][-11:] for row in done_now] == ["call-01.wav", "call-99.wav"]
+    assert done_now[0]["text"] != old[done_now[0]["uri"]]["text"]
+    assert no_stray_files(out)
+
+
+def no_stray_files(out):
+    """Only whole Parquet files under their own names: no leftovers of writing."""
+    found = list((out / "transcripts").iterdir())
+    return bool(found) and all(len(p.stem) == 16 and p.suffix == ".parquet" for p in found)
+
+
+# ---------------------------------------------------------------- crashes
+
+
+def test_an_engine_that_is_killed_comes_back(tmp_path, write_archive, shared_ray):
+    archive, out = write_archive(tmp_path / "calls", 10), tmp_path / "out"
+    config = RunConfig(str(archive), str(out), model="fake", shard_minutes=0.05)
+    plan = run.prepare(config, print)
+    job = Job(config, plan.run_id, "fake", "fake", plan.config_fingerprint, "cpu")
+    done = []
+    for summary in distributed.run_shards(plan.shards, job, workers=1):
+        if not done:
+            os.kill(int(summary.worker.rpartition(":")[2]), signal.SIGKILL)
+        done.append(summary.shard_id)
+    assert sorted(done) == sorted(shard.shard_id for shard in plan.shards)
+    assert [row["uri"] for row in rows_of(out)] == [str(p) for p in sorted(archive.iterdir())]
+
+
+def test_a_run_that_is_killed_is_finished_by_the_same_command(tmp_path, write_archive, shared_ray):
+    archive, out = write_archive(tmp_path / "calls", 20), tmp_path / "out"
+    flags = ["--shard-minutes", "0.05", "--max-failed", "0.5"]
+    command = [sys.executable, "-m", "jobs.transcribe", str(archive), str(out), "--model", "fake"]
+    victim = subprocess.Popen([*command, *flags], stdout=subprocess.DEVNULL)
+    try:
+        while victim.poll() is None and not list(out.glob("transcripts/*.parquet")):
+            time.sleep(0.02)
+        assert victim.poll() is None, "ended before anything was published"
+    finally:
+        victim.kill()
+        victim.wait()
+    published = len(rows_of(out))
+    assert 0 < published < 22
+    again = transcribe(archive, out, *flags)
+    assert again.exit_code == 0, again.output
+    assert "of 22 recordings already transcribed" in again.stdout
+    rows = rows_of(out)
+    assert [row["uri"] for row in rows] == [str(p) for p in sorted(archive.iterdir())]
+    assert len({row["run_id"] for row in rows}) == 2
+    assert no_stray_files(out)

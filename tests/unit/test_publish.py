@@ -1,0 +1,297 @@
+"""OUT keeps its promises: whole files, one row a recording, one set of settings."""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Callable
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from transcribe import publish, schema, storage
+from transcribe.errors import Fatal, Transient
+
+NOON = datetime(2026, 3, 1, 12, tzinfo=UTC)
+
+
+def row(uri: str, version: int = 1, minute: int | None = None, status: str = "ok") -> dict:
+    return {
+        "recording_id": f"{uri}#{version}",
+        "uri": uri,
+        "status": status,
+        "text": f"text of {uri} {version}",
+        "segments": [{"id": 0, "start": 0.5, "end": 1.0, "text": "hm", "flags": ["loop"]}],
+        "coverage": [],
+        "transcribed_at": NOON + timedelta(minutes=version if minute is None else minute),
+    }
+
+
+@pytest.fixture
+def out(tmp_path: Path) -> str:
+    return str(tmp_path / "out")
+
+
+def files(out: str) -> dict[str, bytes]:
+    """Everything below OUT by relative path, hidden files too."""
+    found = (p for p in Path(out).rglob("*") if p.is_file())
+    return {str(p.relative_to(out)): p.read_bytes() for p in found}
+
+
+def published(out: str) -> list[tuple[str, str]]:
+    """(recording_id, text) of every row, sorted."""
+    tables = [pq.read_table(io.BytesIO(data)) for data in files(out).values()]
+    rows = [r for table in tables for r in table.to_pylist()]
+    return sorted((r["recording_id"], r["text"]) for r in rows)
+
+
+# ---- one shard --------------------------------------------------------------------------
+
+
+def test_a_shard_is_one_file_named_by_its_id(out: str) -> None:
+    url = publish.publish_shard(out, "abc", [row("/a"), row("/b")])
+    assert url == f"{out}/transcripts/abc.parquet"
+    assert set(files(out)) == {"transcripts/abc.parquet"}
+    table = pq.read_table(url)
+    assert table.schema.equals(schema.TRANSCRIPT)
+    first = table.to_pylist()[0]
+    assert {name: first[name] for name in ("uri", "text", "transcribed_at")} == {
+        "uri": "/a",
+        "text": "text of /a 1",
+        "transcribed_at": NOON + timedelta(minutes=1),
+    }
+    assert first["segments"][0]["flags"] == ["loop"] and first["segments"][0]["words"] is None
+
+
+def test_a_shard_published_twice_is_there_once(out: str) -> None:
+    publish.publish_shard(out, "abc", [row("/a"), row("/b")])
+    before = files(out)
+    publish.publish_shard(out, "abc", [row("/a"), row("/b")])
+    assert files(out) == before
+
+
+def test_a_shard_that_cannot_be_written_leaves_the_old_one(
+    out: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    publish.publish_shard(out, "abc", [row("/a")])
+    before = files(out)
+
+    def full_disk(self: Path, target: Path) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "replace", full_disk)
+    with pytest.raises(Fatal, match=r"abc\.parquet: No space left on device"):
+        publish.publish_shard(out, "abc", [row("/a", 2)])
+    assert files(out) == before
+
+
+# ---- what is published ------------------------------------------------------------------
+
+
+def test_nothing_is_published_in_a_new_out(out: str) -> None:
+    assert publish.read_published(out).recording_ids == set()
+    assert publish.settle(out) == 0
+    assert publish.status_counts(out) == {"ok": 0, "empty": 0, "failed": 0}
+    assert not Path(out).exists()
+
+
+def test_published_ids_and_counts_are_those_of_all_files(out: str) -> None:
+    publish.publish_shard(out, "one", [row("/a"), row("/b", status="failed")])
+    publish.publish_shard(out, "two", [row("/c", status="empty"), row("/d")])
+    Path(out, "transcripts", ".half-written.tmp").write_bytes(b"half")
+    assert publish.read_published(out).recording_ids == {"/a#1", "/b#1", "/c#1", "/d#1"}
+    assert publish.status_counts(out) == {"ok": 2, "empty": 1, "failed": 1}
+
+
+# ---- settle -----------------------------------------------------------------------------
+
+
+def test_the_newest_row_of_a_uri_stays(out: str) -> None:
+    publish.publish_shard(out, "z-old", [row("/a", 1), row("/b", 1)])
+    publish.publish_shard(out, "a-new", [row("/a", 2)])
+    assert publish.settle(out) == 1
+    assert published(out) == [("/a#2", "text of /a 2"), ("/b#1", "text of /b 1")]
+    assert publish.settle(out) == 0
+
+
+def test_a_file_without_rows_left_is_deleted(out: str) -> None:
+    publish.publish_shard(out, "old", [row("/a", 1), row("/b", 1)])
+    publish.publish_shard(out, "new", [row("/a", 2), row("/b", 2)])
+    assert publish.settle(out) == 2
+    assert set(files(out)) == {"transcripts/new.parquet"}
+
+
+def test_rows_that_stay_keep_every_value(out: str) -> None:
+    publish.publish_shard(out, "old", [row("/a", 1), row("/b", 1)])
+    kept = pq.read_table(Path(out, "transcripts", "old.parquet")).to_pylist()[1]
+    publish.publish_shard(out, "new", [row("/a", 2)])
+    publish.settle(out)
+    assert pq.read_table(Path(out, "transcripts", "old.parquet")).to_pylist() == [kept]
+
+
+def test_files_without_superseded_rows_are_not_touched(
+    out: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    publish.publish_shard(out, "one", [row("/a")])
+    publish.publish_shard(out, "two", [row("/b")])
+    monkeypatch.setattr(storage, "put", _refuse_after(0))
+    monkeypatch.setattr(storage, "delete", _refuse_after(0))
+    assert publish.settle(out) == 0
+
+
+def _refuse_after(n: int, step: Callable[..., None] | None = None) -> Callable[..., None]:
+    """`step`, but out of reach from its call number `n` on: the process dies there."""
+    calls = []
+
+    def refusing(*args: Any) -> None:
+        calls.append(args)
+        if len(calls) > n or step is None:
+            raise Transient("the store is out of reach")
+        step(*args)
+
+    return refusing
+
+
+@pytest.mark.parametrize("step", ["put", "delete"])
+@pytest.mark.parametrize("done", [0, 1])
+def test_settle_can_end_anywhere_and_be_done_again(
+    out: str, monkeypatch: pytest.MonkeyPatch, step: str, done: int
+) -> None:
+    for shard in range(3):  # three files to rewrite, three to delete
+        uris = [f"/{shard}/{i}" for i in range(3)]
+        publish.publish_shard(out, f"rewritten-{shard}", [row(uri, 1) for uri in uris])
+        publish.publish_shard(out, f"deleted-{shard}", [row(uris[0], 2)])
+        publish.publish_shard(out, f"new-{shard}", [row(uri, 3) for uri in uris[:2]])
+    with monkeypatch.context() as patch:
+        patch.setattr(storage, step, _refuse_after(done, getattr(storage, step)))
+        with pytest.raises(Transient):
+            publish.settle(out)
+    newest = {f"/{s}/{i}#{1 if i == 2 else 3}" for s in range(3) for i in range(3)}
+    assert newest <= {recording_id for recording_id, _ in published(out)}
+    assert publish.settle(out) > 0
+    assert {recording_id for recording_id, _ in published(out)} == newest
+    assert len(published(out)) == len(newest)
+    assert publish.settle(out) == 0
+
+
+histories = st.lists(
+    st.tuples(st.integers(0, 3), st.integers(0, 4), st.integers(0, 9)),
+    min_size=1,
+    max_size=12,
+    unique_by=(lambda h: (h[0], h[1]), lambda h: (h[1], h[2])),
+)  # (shard, recording, minute): a shard holds a recording once, and no two rows tie
+
+
+@settings(max_examples=25, deadline=None)
+@given(histories)
+def test_settle_keeps_exactly_the_newest(
+    tmp_path_factory: pytest.TempPathFactory, history: list[tuple[int, int, int]]
+) -> None:
+    out = str(tmp_path_factory.mktemp("out"))
+    shards: dict[int, list[dict]] = {}
+    newest: dict[int, int] = {}
+    for shard, recording, minute in history:
+        shards.setdefault(shard, []).append(row(f"/{recording}", minute, minute))
+        newest[recording] = max(minute, newest.get(recording, 0))
+    for shard, rows in shards.items():
+        publish.publish_shard(out, str(shard), rows)
+    assert publish.settle(out) == len(history) - len(newest)
+    assert [i for i, _ in published(out)] == sorted(f"/{r}#{m}" for r, m in newest.items())
+
+
+# ---- damage -----------------------------------------------------------------------------
+
+
+def _parquet(table: pa.Table) -> bytes:
+    sink = io.BytesIO()
+    pq.write_table(table, sink)
+    return sink.getvalue()
+
+
+NOT_TRANSCRIPTS = {
+    "empty": b"",
+    "text": b"not a Parquet file at all, but long enough to be one",
+    "other columns": _parquet(pa.table({"a": [1]})),
+    "other types": _parquet(
+        pa.table({"recording_id": [1], "uri": ["/a"], "transcribed_at": [NOON], "status": [1]})
+    ),
+}
+
+
+@pytest.mark.parametrize("content", NOT_TRANSCRIPTS.values(), ids=NOT_TRANSCRIPTS.keys())
+def test_a_file_that_is_no_transcript_stops_the_run_by_name(out: str, content: bytes) -> None:
+    publish.publish_shard(out, "good", [row("/a")])
+    bad = Path(out, "transcripts", "bad.parquet")
+    bad.write_bytes(content)
+    for look in (publish.read_published, publish.settle, publish.status_counts):
+        with pytest.raises(Fatal, match=r"bad\.parquet is not a transcript file") as refused:
+            look(out)
+        assert "\n" not in str(refused.value) and "move it away" in str(refused.value)
+    assert bad.read_bytes() == content
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> bytes:
+    out = str(tmp_path_factory.mktemp("whole"))
+    url = publish.publish_shard(out, "s", [row(f"/{i}") for i in range(20)])
+    return Path(url).read_bytes()
+
+
+@settings(max_examples=60, deadline=None)
+@given(data=st.data())
+def test_damaged_bytes_are_named_or_harmless(
+    tmp_path_factory: pytest.TempPathFactory, whole: bytes, data: st.DataObject
+) -> None:
+    damaged = bytearray(whole[: data.draw(st.sampled_from([len(whole), len(whole) // 2]))])
+    places = st.integers(0, len(damaged) - 1)
+    for place in data.draw(st.lists(places, min_size=1, max_size=30)):
+        damaged[place] ^= data.draw(st.integers(1, 255))
+    out = tmp_path_factory.mktemp("out")
+    (out / "transcripts").mkdir()
+    (out / "transcripts" / "bad.parquet").write_bytes(damaged)
+    try:
+        publish.settle(str(out))
+        publish.status_counts(str(out))
+    except Fatal as error:
+        assert "bad.parquet" in str(error) and "\n" not in str(error)
+
+
+# ---- settings ---------------------------------------------------------------------------
+
+SETTINGS = {"format": 1, "model": "whisper-base", "language": None, "speakers": ["agent"]}
+
+
+def test_the_same_settings_go_on(out: str) -> None:
+    assert not publish.check_settings(out, SETTINGS)
+    assert not Path(out).exists()
+    publish.claim_settings(out, SETTINGS)
+    before = files(out)
+    publish.claim_settings(out, dict(reversed(SETTINGS.items())))
+    assert publish.check_settings(out, SETTINGS)
+    assert files(out) == before
+    assert json.loads(before["settings.json"]) == SETTINGS
+
+
+@pytest.mark.parametrize("check", [publish.claim_settings, publish.check_settings])
+def test_other_settings_are_refused_by_name(out: str, check: Callable[..., Any]) -> None:
+    publish.claim_settings(out, SETTINGS)
+    before = files(out)
+    with pytest.raises(Fatal) as refused:
+        check(out, {**SETTINGS, "language": "de"})
+    assert "language: None there, 'de' now" in str(refused.value)
+    assert "model" not in str(refused.value) and out in str(refused.value)
+    assert files(out) == before
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"[]", b"null", b"\xff\xfe"])
+def test_damaged_settings_are_refused_by_name_and_kept(out: str, content: bytes) -> None:
+    storage.put(f"{out}/settings.json", content)
+    with pytest.raises(Fatal, match=r"settings\.json is damaged"):
+        publish.claim_settings(out, SETTINGS)
+    assert files(out) == {"settings.json": content}
