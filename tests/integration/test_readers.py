@@ -90,7 +90,8 @@ def test_duckdb(published: list[dict[str, Any]]) -> None:
         " AS transcribed_at) FROM 'OUT/transcripts/*.parquet' ORDER BY uri"
     )
     assert found.columns == schema.TRANSCRIPT.names
-    expected = [{**row, "transcribed_at": WHEN.replace(tzinfo=None).isoformat()} for row in published]
+    when = WHEN.replace(tzinfo=None).isoformat()
+    expected = [{**row, "transcribed_at": when} for row in published]
     assert [dict(zip(found.columns, row, strict=True)) for row in found.fetchall()] == expected
 
 

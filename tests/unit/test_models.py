@@ -52,6 +52,9 @@ def test_the_embedded_model_is_joined_and_repaired(cache: Path) -> None:
     with (first.path / "model.bin").open("r+b") as file:
         file.seek(1_000)
         file.write(b"damaged")
+    assert models.resolve(EMBEDDED_MODEL) == first
+    assert {name: _digest(first.path / name) for name in names} == good
+
     (first.path / "tokenizer.json").write_bytes(b"")
     (first.path / "config.json").unlink()
     assert models.resolve(EMBEDDED_MODEL) == first
