@@ -198,7 +198,8 @@ def run_shards(shards: Sequence[Shard], job: Job, workers: int) -> Iterator[Shar
             num_cpus=_GPU_ENGINE_CPUS if job.device == "cuda" else _ENGINE_CPUS,
             num_gpus=1 if job.device == "cuda" else None,
         )
-        .map(functools.partial(_publish, job=job), num_cpus=_PUBLISH_CPUS)
+        # As many as there are engines: a share this small would let Ray start any number.
+        .map(functools.partial(_publish, job=job), num_cpus=_PUBLISH_CPUS, concurrency=workers)
     )
     try:
         for row in dataset.iter_rows():

@@ -52,7 +52,10 @@ def test_the_embedded_model_is_joined_and_repaired(cache: Path) -> None:
     with (first.path / "model.bin").open("r+b") as file:
         file.seek(1_000)
         file.write(b"damaged")
-    assert models.resolve(EMBEDDED_MODEL) == first
+    with (first.path / "model.bin").open("rb") as reader:
+        assert models.resolve(EMBEDDED_MODEL) == first
+        reader.seek(1_000)
+        assert reader.read(7) == b"damaged", "a file in use was rewritten instead of replaced"
     assert {name: _digest(first.path / name) for name in names} == good
 
     (first.path / "tokenizer.json").write_bytes(b"")
