@@ -260,11 +260,14 @@ def _parquet_rows(url: str, file: io.BufferedReader) -> Iterator[tuple[str, dict
             found = ", ".join(columns) or "none"
             raise Fatal(f"{url}: needs one column `uri` and no name twice (found: {found})")
         number = 0
-        for batch in parquet.iter_batches(batch_size=4096):
+        for batch in parquet.iter_batches(batch_size=4096, use_threads=False):
             for row in batch.to_pylist():
                 number += 1
                 yield f"row {number}", row
-    except pa.ArrowException as error:
+    except (pa.ArrowException, OSError, UnicodeError) as error:
+        # pyarrow says most damage as an OSError without a number; one with a number is the disk's.
+        if getattr(error, "errno", None) is not None:
+            raise Fatal(f"{url} cannot be read ({error})") from error
         raise Fatal(f"{url}: not a Parquet file that can be read") from error
 
 

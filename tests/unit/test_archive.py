@@ -229,3 +229,15 @@ def test_estimates_do_not_depend_on_order_and_stay_within_bounds(
 
 def _uri(recording: Recording) -> str:
     return recording.uri
+
+
+def test_a_damaged_parquet_manifest_is_named_wherever_the_damage_is(tmp_path):
+    manifest = tmp_path / "calls.parquet"
+    pq.write_table(pa.table({"uri": [f"{i}.wav" for i in range(500)]}), manifest)
+    whole = manifest.read_bytes()
+    for at in range(4, len(whole), 97):
+        manifest.write_bytes(whole[:at] + b"\xff" * 16 + whole[at + 16 :])
+        try:
+            list_archive(str(manifest))
+        except Fatal as error:
+            assert str(manifest) in str(error)
