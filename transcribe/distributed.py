@@ -183,6 +183,7 @@ def run_shards(shards: Sequence[Shard], job: Job, workers: int) -> Iterator[Shar
         Fatal: a stage said that the run cannot go on, or Ray gave up on it.
     """
     _quieten_ray_data()
+    workers = min(workers, len(shards))
     dataset = (
         ray.data.from_items(
             [{"shard": pickle.dumps(shard)} for shard in shards],
@@ -192,9 +193,7 @@ def run_shards(shards: Sequence[Shard], job: Job, workers: int) -> Iterator[Shar
         .map(
             _Recogniser,  # type: ignore[arg-type]  # Ray's stub knows no classes
             fn_constructor_kwargs={"job": job},
-            compute=ray.data.ActorPoolStrategy(
-                size=min(workers, len(shards)), max_tasks_in_flight_per_actor=2
-            ),
+            compute=ray.data.ActorPoolStrategy(size=workers, max_tasks_in_flight_per_actor=2),
             num_cpus=_GPU_ENGINE_CPUS if job.device == "cuda" else _ENGINE_CPUS,
             num_gpus=1 if job.device == "cuda" else None,
         )

@@ -272,7 +272,7 @@ def _finish(
         model=plan.config.model,
         engine=plan.engine,
         device=placement.device,
-        workers=placement.workers,
+        workers=min(placement.workers, len(plan.shards)),
         archive_recordings=plan.archive_recordings,
         already_transcribed=plan.already_transcribed,
         superseded=superseded,
