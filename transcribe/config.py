@@ -15,6 +15,8 @@ from transcribe.errors import Fatal
 
 ChannelMode = Literal["auto", "split", "mix"]
 Device = Literal["auto", "cpu", "cuda"]
+Task = Literal["transcribe", "translate"]
+EngineName = Literal["whisper-ctranslate2", "whisper-transformers", "ctc-transformers"]
 
 EMBEDDED_MODEL = "whisper-base"
 
@@ -35,11 +37,17 @@ class RunConfig:
     Attributes:
         archive: directory, prefix, glob, single file or manifest of recordings.
         out: where transcripts and reports go.
-        model: embedded model name or path of a CTranslate2 Whisper directory.
+        model: embedded model name, hub id, directory or `gs://` prefix of weights.
+        engine: what runs the model; None lets its own config decide.
+        language_model: KenLM n-gram for CTC decoding; None decodes greedily.
+        task: Whisper can also translate into English.
+        words: whether every word gets its own times and probability.
         language: ISO code of all speech, or None to detect it per recording.
         channels: `split` keeps every channel apart, `mix` averages them, `auto` splits
             unless the channels carry the same signal.
         speakers: role names of the channels, in channel order.
+        headerless: what files without a header hold, as `encoding:rate:channels`; None goes by
+            their extension, where that tells.
         device: where recognition runs.
         workers: engine actors; None takes what the machine or cluster has.
         shard_minutes: audio minutes in a shard; None lets the planner choose.
@@ -50,9 +58,14 @@ class RunConfig:
     archive: str
     out: str
     model: str = EMBEDDED_MODEL
+    engine: EngineName | None = None
+    language_model: str | None = None
+    task: Task = "transcribe"
+    words: bool = False
     language: str | None = None
     channels: ChannelMode = "auto"
     speakers: tuple[str, ...] = ()
+    headerless: str | None = None
     device: Device = "auto"
     workers: int | None = None
     shard_minutes: float | None = None
@@ -75,6 +88,10 @@ class RunConfig:
             )
         if self.channels not in get_args(ChannelMode):
             raise Fatal(f"--channels must be auto, split or mix, not {self.channels!r}.")
+        if self.engine is not None and self.engine not in get_args(EngineName):
+            raise Fatal(f"--engine must be one of {', '.join(get_args(EngineName))}.")
+        if self.task not in get_args(Task):
+            raise Fatal(f"--task must be transcribe or translate, not {self.task!r}.")
         if self.device not in get_args(Device):
             raise Fatal(f"--device must be auto, cpu or cuda, not {self.device!r}.")
         if self.workers is not None and self.workers < 1:
@@ -106,9 +123,13 @@ def result_settings(config: RunConfig, model_revision: str, engine: str) -> dict
         "model": config.model,
         "model_revision": model_revision,
         "engine": engine,
+        "language_model": config.language_model,
+        "task": config.task,
+        "words": config.words,
         "language": config.language,
         "channels": config.channels,
         "speakers": list(config.speakers),
+        "headerless": config.headerless,
     }
 
 

@@ -18,7 +18,7 @@ from importlib import resources
 from importlib.resources.abc import Traversable
 from pathlib import Path
 
-from transcribe.config import EMBEDDED_MODEL
+from transcribe.config import EMBEDDED_MODEL, EngineName
 from transcribe.errors import Fatal
 
 # OpenAI's Whisper base (multilingual, MIT licence), float16, in CTranslate2's format.
@@ -47,11 +47,13 @@ class Model:
         name: what the user called it.
         path: directory with `model.bin`, `config.json`, `tokenizer.json`.
         revision: 16 hex digits of the SHA-256 of the weights.
+        engine: what can run it.
     """
 
     name: str
     path: Path
     revision: str
+    engine: EngineName = "whisper-ctranslate2"
 
 
 def resolve(name: str) -> Model:

@@ -21,20 +21,42 @@ class EngineInput:
 
     Attributes:
         samples: int16 mono at 16 kHz, shape `[n_samples]`, at most 30 s.
-        group: windows with the same group come from one recording and so share a language.
+        group: windows with the same group come from one recording.
+        channel: channel of that recording; one channel is spoken in one language.
     """
 
     samples: npt.NDArray[np.int16]
     group: int
+    channel: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class HypothesisWord:
+    """One word and when it was said (seconds from the window's start).
+
+    Attributes:
+        word: the word as its segment's text writes it, punctuation included.
+        probability: how sure the engine is of the word, 0 to 1.
+    """
+
+    word: str
+    start_s: float
+    end_s: float
+    probability: float
 
 
 @dataclass(frozen=True, slots=True)
 class HypothesisSegment:
-    """A phrase: text between two times (seconds from the window's start)."""
+    """A phrase: text between two times (seconds from the window's start).
+
+    Attributes:
+        words: the text's words in time order, inside the segment; None if not asked for.
+    """
 
     start_s: float
     end_s: float
     text: str
+    words: tuple[HypothesisWord, ...] | None = None
 
 
 @dataclass(frozen=True, slots=True)
