@@ -10,7 +10,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from transcribe.decode import SAMPLE_RATE
-from transcribe.engines.base import Hypothesis
+from transcribe.engines.base import Hypothesis, HypothesisSegment
+from transcribe.hallucinations import is_known_hallucination
+from transcribe.languages import UNSPACED_LANGUAGES
 from transcribe.speech import Span, Window
 
 # Whisper's thresholds (Radford et al. 2022, section 4.5): what is beyond them after every
@@ -18,24 +20,42 @@ from transcribe.speech import Span, Window
 _NO_SPEECH_PROB = 0.6
 _LOW_LOGPROB = -1.0
 _LOOP_COMPRESSION_RATIO = 2.4
+# Beyond what anybody says: fast readers reach 20 characters a second, 8 in Chinese or Japanese.
+_CHARACTERS_PER_SECOND = 30.0
+_IDEOGRAPHS_PER_SECOND = 15.0
 
 # Flags that say "this text was probably not spoken": left out of the transcript's `text`.
-_NOT_SPOKEN = frozenset({"no_speech", "loop"})
+_NOT_SPOKEN = frozenset({"no_speech", "loop", "too_fast", "known_hallucination"})
+
+
+@dataclass(frozen=True, slots=True)
+class Word:
+    """A word of a segment; times in seconds from the recording's start."""
+
+    word: str
+    start: float
+    end: float
+    probability: float
 
 
 @dataclass(frozen=True, slots=True)
 class Segment:
-    """A phrase of one channel; times in seconds from the recording's start."""
+    """A phrase of one channel; times in seconds from the recording's start.
+
+    `words` is None where none were asked for.
+    """
 
     channel: int
     start: float
     end: float
     text: str
+    language: str | None
     avg_logprob: float
     compression_ratio: float
     no_speech_prob: float
     temperature: float
     flags: tuple[str, ...]
+    words: tuple[Word, ...] | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,29 +106,50 @@ def assemble(windows: Sequence[Window], hypotheses: Sequence[Hypothesis]) -> Ass
 
 
 def _segments(window: Window, hypothesis: Hypothesis) -> list[Segment]:
-    flags = hypothesis_flags(hypothesis)
-    return [
-        Segment(
-            channel=window.channel,
-            start=round(window.start / SAMPLE_RATE + s.start_s, 3),
-            end=round(window.start / SAMPLE_RATE + s.end_s, 3),
-            text=s.text,
-            avg_logprob=hypothesis.avg_logprob,
-            compression_ratio=hypothesis.compression_ratio,
-            no_speech_prob=hypothesis.no_speech_prob,
-            temperature=hypothesis.temperature,
-            flags=flags,
+    shared = hypothesis_flags(hypothesis, window.n_samples / SAMPLE_RATE)
+    return [_segment(window, hypothesis, s, shared) for s in hypothesis.segments]
+
+
+def _segment(
+    window: Window, hypothesis: Hypothesis, said: HypothesisSegment, shared: tuple[str, ...]
+) -> Segment:
+    begin = window.start / SAMPLE_RATE
+    words = None
+    if said.words is not None:
+        words = tuple(
+            Word(w.word, round(begin + w.start_s, 3), round(begin + w.end_s, 3), w.probability)
+            for w in said.words
         )
-        for s in hypothesis.segments
-    ]
+    invented = is_known_hallucination(said.text, hypothesis)
+    return Segment(
+        channel=window.channel,
+        start=round(begin + said.start_s, 3),
+        end=round(begin + said.end_s, 3),
+        text=said.text,
+        language=hypothesis.language,
+        avg_logprob=hypothesis.avg_logprob,
+        compression_ratio=hypothesis.compression_ratio,
+        no_speech_prob=hypothesis.no_speech_prob,
+        temperature=hypothesis.temperature,
+        flags=(*shared, "known_hallucination") if invented else shared,
+        words=words,
+    )
 
 
-def hypothesis_flags(hypothesis: Hypothesis) -> tuple[str, ...]:
-    """What is doubtful about a hypothesis: `no_speech`, `loop`, `low_confidence`."""
+def hypothesis_flags(hypothesis: Hypothesis, duration_s: float) -> tuple[str, ...]:
+    """What is doubtful about a whole hypothesis for a window of `duration_s` seconds.
+
+    `no_speech`, `loop`, `low_confidence` are Whisper's own tests; `too_fast` is more text than
+    can be said in the time.
+    """
     unsure = hypothesis.avg_logprob < _LOW_LOGPROB
+    pace = _CHARACTERS_PER_SECOND
+    if hypothesis.language in UNSPACED_LANGUAGES:
+        pace = _IDEOGRAPHS_PER_SECOND
     flags = {
         "no_speech": unsure and hypothesis.no_speech_prob > _NO_SPEECH_PROB,
         "loop": hypothesis.compression_ratio > _LOOP_COMPRESSION_RATIO,
+        "too_fast": len(hypothesis.text) > pace * max(1.0, duration_s),
         "low_confidence": unsure,
     }
     return tuple(name for name, raised in flags.items() if raised)

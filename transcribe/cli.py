@@ -65,8 +65,36 @@ def run(
     ],
     model: Annotated[
         str,
-        typer.Option(help="Embedded model, or the path of a CTranslate2 Whisper directory."),
+        typer.Option(
+            help="The embedded model, a directory or `gs://` prefix of weights, or a hub id"
+            " (`facebook/wav2vec2-base-960h`): Whisper as CTranslate2 or safetensors, CTC models"
+            " (wav2vec2, HuBERT, Parakeet-CTC ...) as safetensors."
+        ),
     ] = EMBEDDED_MODEL,
+    engine: Annotated[
+        str | None,
+        typer.Option(
+            help="What runs the model: `whisper-ctranslate2`, `whisper-transformers` or"
+            " `ctc-transformers`; left out, the model's own files decide."
+        ),
+    ] = None,
+    lm: Annotated[
+        str | None,
+        typer.Option(help="KenLM n-gram that helps a CTC model choose words (`.arpa`, `.bin`)."),
+    ] = None,
+    task: Annotated[
+        str,
+        typer.Option(
+            help="`transcribe`, or `translate` into English (Whisper only).",
+            rich_help_panel=_SPEECH,
+        ),
+    ] = "transcribe",
+    words: Annotated[
+        bool,
+        typer.Option(
+            "--words", help="Give every word its times and probability.", rich_help_panel=_SPEECH
+        ),
+    ] = False,
     language: Annotated[
         str | None,
         typer.Option(
@@ -90,6 +118,14 @@ def run(
             rich_help_panel=_SPEECH,
         ),
     ] = "",
+    headerless: Annotated[
+        str | None,
+        typer.Option(
+            help="What `.raw`, `.pcm` and other files without a header hold, as"
+            " `encoding:rate:channels`: `mulaw:8000:1`, `s16le:8000:2`.",
+            rich_help_panel=_SPEECH,
+        ),
+    ] = None,
     max_failed: Annotated[
         float,
         typer.Option(help="Largest share of failed recordings that still exits 0."),
@@ -144,8 +180,13 @@ def run(
             archive=archive,
             out=out,
             model=model,
+            engine=engine,  # type: ignore[arg-type]  # RunConfig checks it
+            language_model=lm,
+            task=task,  # type: ignore[arg-type]
+            words=words,
+            headerless=headerless,
             language=language,
-            channels=channels,  # type: ignore[arg-type]  # RunConfig checks it
+            channels=channels,  # type: ignore[arg-type]
             speakers=names,
             device=device,  # type: ignore[arg-type]
             workers=workers,

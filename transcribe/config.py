@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, Literal, get_args
 
 from transcribe.errors import Fatal
+from transcribe.languages import LANGUAGES
 
 ChannelMode = Literal["auto", "split", "mix"]
 Device = Literal["auto", "cpu", "cuda"]
@@ -19,15 +20,6 @@ Task = Literal["transcribe", "translate"]
 EngineName = Literal["whisper-ctranslate2", "whisper-transformers", "ctc-transformers"]
 
 EMBEDDED_MODEL = "whisper-base"
-
-# Whisper's published language codes (openai/whisper, tokenizer.py: LANGUAGES); the
-# checkpoint has the last word, this list only catches typing errors before a run starts.
-LANGUAGES = frozenset(
-    "en zh de es ru ko fr ja pt tr pl ca nl ar sv it id hi fi vi he uk el ms cs ro da hu ta no th"
-    " ur hr bg lt la mi ml cy sk te fa lv bn sr az sl kn et mk br eu is hy ne mn bs kk sq sw gl mr"
-    " pa si km sn yo so af oc ka be tg sd gu am yi lo uz fo ht ps tk nn mt sa lb my bo tl mg as tt"
-    " haw ln ha ba jw su yue".split()
-)
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,11 +108,11 @@ def result_settings(config: RunConfig, model_revision: str, engine: str) -> dict
     """The settings that change what is written into a transcript.
 
     Speed settings (device, workers, shard size) are left out on purpose: a run may be
-    finished on other hardware than it was begun on.
+    finished on other hardware than it was begun on. So is the model's name: its revision is a
+    hash of its content, and the same weights may lie elsewhere tomorrow.
     """
     return {
-        "format": 1,
-        "model": config.model,
+        "format": 2,
         "model_revision": model_revision,
         "engine": engine,
         "language_model": config.language_model,

@@ -280,9 +280,9 @@ def recognise_shard(decoded: DecodedShard, engine: Engine, job: Job) -> Recognis
     seconds.decode_queue = max(0.0, time.time() - decoded.finished_at)
     started = time.perf_counter()
     inputs = [
-        EngineInput(samples, group)
+        EngineInput(samples, group, window.channel)
         for group, recording in enumerate(decoded.recordings)
-        for samples in recording.samples
+        for window, samples in zip(recording.windows, recording.samples, strict=True)
     ]
     hypotheses = recognise_checked(engine, inputs) if inputs else []
     between = time.perf_counter()

@@ -115,5 +115,4 @@ def _segment(index: int, segment: Segment, speakers: Sequence[str]) -> Row:
         **asdict(segment),
         "flags": list(segment.flags),
         "speaker": speakers[segment.channel] if named else None,
-        "words": None,
     }

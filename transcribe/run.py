@@ -23,8 +23,7 @@ from rich.logging import RichHandler
 from transcribe import distributed, models, publish, schema, storage
 from transcribe.archive import Recording, estimate_durations, list_archive
 from transcribe.config import RunConfig, fingerprint, result_settings
-from transcribe.engines.load import FAKE_MODEL
-from transcribe.engines.whisper_ct2 import WhisperCT2
+from transcribe.engines.load import FAKE_MODEL, refuse_impossible
 from transcribe.errors import Fatal, TranscribeError
 from transcribe.pipeline import Job, ShardSummary, peak_bytes
 from transcribe.progress import ProgressDisplay
@@ -100,7 +99,9 @@ def prepare(config: RunConfig, say: Callable[[str], None]) -> Plan:
 def _model_facts(config: RunConfig) -> tuple[str, str]:
     if config.model == FAKE_MODEL:
         return "fake", "fake"
-    return models.resolve(config.model).revision, WhisperCT2.name
+    model = models.resolve(config.model, config.engine)
+    refuse_impossible(model.engine, config)
+    return model.revision, model.engine
 
 
 def _subtract(recordings: Sequence[Recording], done: set[str]) -> list[Recording]:

@@ -25,6 +25,7 @@ SEGMENT = pa.struct(
         ("start", pa.float64()),
         ("end", pa.float64()),
         ("text", pa.string()),
+        ("language", pa.string()),
         ("avg_logprob", pa.float64()),
         ("compression_ratio", pa.float64()),
         ("no_speech_prob", pa.float64()),

@@ -210,3 +210,11 @@ def _kill_sessions(sessions: set[int]) -> None:
                     os.kill(int(entry.name), signal.SIGKILL)
             except (ProcessLookupError, PermissionError):
                 continue
+
+
+@pytest.fixture(scope="session")
+def tiny_ctc_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A CTC checkpoint trained here and now: about a minute."""
+    from tests.integration import tiny_ctc
+
+    return tiny_ctc.train(tmp_path_factory.mktemp("tiny-ctc") / "checkpoint")

@@ -7,7 +7,7 @@ import torchaudio
 
 from jobs.sample_archive import SYNTH_RATE, speak
 from transcribe.engines.base import EngineInput
-from transcribe.engines.whisper_ct2 import WhisperCT2
+from transcribe.engines.whisper import Whisper, load_whisper
 from transcribe.models import resolve
 from transcribe.score import score_texts
 
@@ -25,9 +25,9 @@ def spoken(text: str, voice: str = "en-us+rob", group: int = 0) -> EngineInput:
 
 
 @pytest.fixture(scope="module")
-def engine() -> WhisperCT2:
+def engine() -> Whisper:
     torch.set_num_threads(1)
-    return WhisperCT2(resolve("whisper-base"), language="en", threads=2)
+    return load_whisper(resolve("whisper-base"), language="en", threads=2)
 
 
 @pytest.fixture(scope="module")
@@ -66,7 +66,7 @@ def test_a_long_monologue_is_heard_to_its_end(engine):
 
 
 def test_the_language_is_detected_for_a_whole_recording():
-    engine = WhisperCT2(resolve("whisper-base"), threads=2)
+    engine = load_whisper(resolve("whisper-base"), threads=2)
     english = [spoken(s, group=0) for s in SENTENCES[:2]]
     german = spoken(
         "Guten Tag, ich rufe wegen meiner Rechnung an. Können Sie mir bitte helfen?", "de", group=1

@@ -6,8 +6,8 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from transcribe.assemble import assemble, coverage, coverage_breach, hypothesis_flags
-from transcribe.engines.base import Hypothesis, HypothesisSegment
+from transcribe.assemble import Word, assemble, coverage, coverage_breach, hypothesis_flags
+from transcribe.engines.base import Hypothesis, HypothesisSegment, HypothesisWord
 from transcribe.speech import Span, Window, pack_windows
 
 SECOND = 16_000
@@ -59,11 +59,61 @@ def test_flags_keep_a_segment_and_may_keep_it_out_of_the_text(
     facts: dict[str, float], flags: tuple[str, ...], is_text: bool
 ) -> None:
     said, doubtful = heard((0, 1, "said"), avg_logprob=-0.1), heard((0, 1, "doubtful"), **facts)
-    assert hypothesis_flags(doubtful) == flags
+    assert hypothesis_flags(doubtful, 1.0) == flags
     made = assemble([window(0, 0, 1), window(0, 3, 4)], [said, doubtful])
     assert [s.text for s in made.segments] == ["said", "doubtful"]
     assert [s.flags for s in made.segments] == [(), flags]
     assert made.text == ("said doubtful" if is_text else "said")
+
+
+@pytest.mark.parametrize(
+    ("text", "language", "seconds", "is_too_fast"),
+    [
+        ("x" * 60, "en", 2.0, False),
+        ("x" * 61, "en", 2.0, True),
+        ("x" * 30, "en", 0.1, False),  # a clipped word is not judged by its length
+        ("字" * 31, "zh", 2.0, True),  # as many characters as nobody says, though 60 letters pass
+        ("字" * 30, "zh", 2.0, False),
+    ],
+)
+def test_more_text_than_can_be_said_is_flagged(text, language, seconds, is_too_fast) -> None:
+    said = heard((0, seconds, text), language=language)
+    assert ("too_fast" in hypothesis_flags(said, seconds)) is is_too_fast
+    assert assemble([window(0, 0, seconds)], [said]).text == ("" if is_too_fast else text)
+
+
+@pytest.mark.parametrize(
+    ("text", "facts", "is_invented"),
+    [
+        ("Thanks for watching!", {"language": "en"}, True),
+        ("Thank you for watching.", {"language": "de"}, True),  # English credits come everywhere
+        ("Untertitel der Amara.org-Community", {"language": "de"}, True),
+        ("ご視聴ありがとうございました。", {"language": "ja"}, True),
+        ("Thanks for watching the house.", {"language": "en"}, False),
+        ("Thank you.", {"language": "en", "avg_logprob": -0.3}, False),  # callers do say this
+        ("Thank you.", {"language": "en", "avg_logprob": -0.9}, True),
+        ("Thank you.", {"language": "en", "no_speech_prob": 0.5}, True),
+        ("Thank you, that is all.", {"language": "en", "no_speech_prob": 0.5}, False),
+        ("Thanks for watching!", {}, False),  # CTC models write what they hear
+    ],
+)
+def test_sentences_known_to_be_made_up_are_flagged(text, facts, is_invented) -> None:
+    (segment,) = assemble([window(0, 0, 5)], [heard((0, 2, text), **facts)]).segments
+    assert ("known_hallucination" in segment.flags) is is_invented
+
+
+def test_a_made_up_sentence_does_not_cost_its_neighbours() -> None:
+    both = heard((0, 2, "Goodbye."), (2, 4, "Thanks for watching!"), language="en")
+    made = assemble([window(0, 0, 5)], [both])
+    assert made.text == "Goodbye."
+    assert [s.text for s in made.segments] == ["Goodbye.", "Thanks for watching!"]
+
+
+def test_words_get_the_times_of_the_recording() -> None:
+    word = HypothesisWord("one", 0.25, 0.5, 0.9)
+    spoken = Hypothesis((HypothesisSegment(0.0, 1.0, "one", (word,)),))
+    (segment,) = assemble([window(0, 10, 12)], [spoken]).segments
+    assert segment.words == (Word("one", 10.25, 10.5, 0.9),)
 
 
 def test_a_segment_carries_what_the_engine_measured() -> None:

@@ -10,8 +10,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from transcribe.config import LANGUAGES, RunConfig, fingerprint, result_settings
+from transcribe.config import RunConfig, fingerprint, result_settings
 from transcribe.errors import Fatal
+from transcribe.languages import LANGUAGES
 
 NAN = float("nan")
 
@@ -67,12 +68,17 @@ def test_a_config_cannot_be_changed_and_is_plain_json() -> None:
 
 # Every setting is in one of the two: a new one must be thought about.
 CHANGES_RESULTS: dict[str, Any] = {
-    "model": "other",
+    "language_model": "domain.arpa",
+    "task": "translate",
+    "words": True,
+    "headerless": "mulaw:8000:1",
     "language": "de",
     "channels": "mix",
     "speakers": ("agent",),
 }
 CHANGES_NOTHING: dict[str, Any] = {
+    "model": "elsewhere",  # its revision counts
+    "engine": "whisper-transformers",  # the engine that ran counts
     "archive": "elsewhere",
     "out": "elsewhere",
     "device": "cuda",

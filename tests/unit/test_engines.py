@@ -41,12 +41,15 @@ def cut(*ids: int, duration_s: float = 30.0) -> list[tuple[float, float, str]]:
 def test_the_special_tokens_are_whispers() -> None:
     # The published ids of the multilingual vocabulary of 51,865 tokens.
     assert (TOKENS.end_of_text, TOKENS.start_of_transcript) == (50_257, 50_258)
-    assert (TOKENS.transcribe, TOKENS.first_timestamp) == (50_359, 50_364)
+    assert (TOKENS.tasks["transcribe"], TOKENS.first_timestamp) == (50_359, 50_364)
     assert all(TOKENS.text([token]) == word for word, token in WORDS.items())
 
 
 def test_prompts() -> None:
     assert TOKENS.prompt("en") == [50_258, 50_259, 50_359]
+    assert TOKENS.prompt("de", "translate") == [50_258, 50_261, 50_358]
+    with pytest.raises(Fatal, match="--task translate"):
+        WhisperTokens.load(DATA, is_multilingual=False).prompt("en", "translate")
     assert WhisperTokens.load(DATA, is_multilingual=False).prompt("en") == [50_258]
     with pytest.raises(Fatal, match=r"'yue'.*--language"):
         TOKENS.prompt("yue")  # only larger vocabularies know Cantonese

@@ -12,9 +12,10 @@ import pyarrow as pa
 import pytest
 
 from transcribe import schema
-from transcribe.assemble import hypothesis_flags
-from transcribe.engines.base import Hypothesis
+from transcribe.assemble import assemble
+from transcribe.engines.base import Hypothesis, HypothesisSegment
 from transcribe.report import RunFacts, Totals, report
+from transcribe.speech import Window
 
 ROOT = Path(__file__).parents[2]
 DOC = (ROOT / "docs" / "output.md").read_text(encoding="utf-8")
@@ -98,5 +99,7 @@ def test_error_kinds() -> None:
 
 def test_statuses_and_flags() -> None:
     assert set(_table("### Status")) == {"ok", "empty", "failed"}
-    everything = Hypothesis((), avg_logprob=-9, compression_ratio=9, no_speech_prob=1)
-    assert tuple(_table("### Flags")) == hypothesis_flags(everything)
+    credit = HypothesisSegment(0, 1, "Thanks for watching!" + " " * 30)
+    everything = Hypothesis((credit,), "en", avg_logprob=-9, compression_ratio=9, no_speech_prob=1)
+    (segment,) = assemble([Window(0, 0, 16_000)], [everything]).segments
+    assert set(_table("### Flags")) == set(segment.flags)

@@ -6,7 +6,7 @@ Knows nothing of recordings, files or Ray. Times are seconds from the window's s
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import numpy as np
@@ -57,6 +57,13 @@ class HypothesisSegment:
     end_s: float
     text: str
     words: tuple[HypothesisWord, ...] | None = None
+
+    def shifted(self, by_s: float) -> HypothesisSegment:
+        """The same phrase, said `by_s` seconds later."""
+        words = self.words
+        if words is not None:
+            words = tuple(replace(w, start_s=w.start_s + by_s, end_s=w.end_s + by_s) for w in words)
+        return HypothesisSegment(self.start_s + by_s, self.end_s + by_s, self.text, words)
 
 
 @dataclass(frozen=True, slots=True)

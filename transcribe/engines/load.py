@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import platform
+
 from transcribe import models
+from transcribe.config import EngineName, RunConfig
 from transcribe.engines.base import Engine
 from transcribe.engines.fake import FakeEngine
-from transcribe.engines.whisper_ct2 import WhisperCT2
+from transcribe.errors import Fatal
+from transcribe.models import Model
 from transcribe.pipeline import Job
 
 FAKE_MODEL = "fake"
@@ -19,5 +23,46 @@ def load_engine(job: Job) -> Engine:
     """
     if job.config.model == FAKE_MODEL:
         return FakeEngine()
-    model = models.resolve(job.config.model)
-    return WhisperCT2(model, device=job.device, language=job.config.language)
+    model = models.resolve(job.config.model, job.config.engine)
+    if model.revision != job.model_revision:
+        raise Fatal(
+            f"--model {model.name!r} is another one on {platform.node()} than on the driver;"
+            " put the same weights on every machine, or give a gs:// prefix."
+        )
+    return engine_for(model, job.config, job.device)
+
+
+def engine_for(model: Model, config: RunConfig, device: str) -> Engine:
+    """Load `model` into the engine that its weights are made for.
+
+    Raises:
+        Fatal: it cannot be loaded, or a setting asks what it cannot do.
+    """
+    refuse_impossible(model.engine, config)
+    if model.engine == "ctc-transformers":
+        from transcribe.engines.ctc import CTC
+
+        return CTC(
+            model,
+            device=device,
+            words=config.words,
+            language_model=config.language_model,
+            language=config.language,
+        )
+    from transcribe.engines.whisper import load_whisper
+
+    return load_whisper(
+        model, device=device, language=config.language, task=config.task, words=config.words
+    )
+
+
+def refuse_impossible(engine: EngineName, config: RunConfig) -> None:
+    """Say at once what an engine cannot do.
+
+    Raises:
+        Fatal: a flag asks for it.
+    """
+    if engine == "ctc-transformers" and config.task == "translate":
+        raise Fatal("--task translate needs a Whisper model; CTC models only transcribe.")
+    if engine != "ctc-transformers" and config.language_model is not None:
+        raise Fatal("--lm works with CTC models only; Whisper has its own language model.")

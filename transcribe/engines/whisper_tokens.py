@@ -14,10 +14,21 @@ from pathlib import Path
 
 from tokenizers import Tokenizer
 
+from transcribe.config import Task
 from transcribe.engines.base import HypothesisSegment
 from transcribe.errors import Fatal
+from transcribe.languages import UNSPACED_LANGUAGES
 
 SECONDS_PER_TIMESTAMP = 0.02
+
+
+@dataclass(frozen=True, slots=True)
+class Phrase:
+    """Text tokens between two timestamps (seconds from the window's start)."""
+
+    start_s: float
+    end_s: float
+    ids: tuple[int, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,8 +38,9 @@ class WhisperTokens:
     tokenizer: Tokenizer
     start_of_transcript: int
     end_of_text: int
-    transcribe: int
-    first_timestamp: int
+    tasks: dict[Task, int]
+    no_speech: int
+    no_timestamps: int
     is_multilingual: bool
 
     @classmethod
@@ -42,31 +54,49 @@ class WhisperTokens:
             tokenizer = Tokenizer.from_file(str(model_path / "tokenizer.json"))
         except Exception:  # the Rust library raises bare Exception
             raise Fatal(f"{model_path}/tokenizer.json cannot be read as a tokenizer.") from None
-        names = ("startoftranscript", "endoftext", "transcribe", "notimestamps")
-        start, end, task, no_timestamps = (tokenizer.token_to_id(f"<|{n}|>") for n in names)
-        if start is None or end is None or task is None or no_timestamps is None:
+        names = ("startoftranscript", "endoftext", "transcribe", "translate", "notimestamps")
+        found = {name: tokenizer.token_to_id(f"<|{name}|>") for name in names}
+        ids = {name: token for name, token in found.items() if token is not None}
+        if len(ids) < len(names):
             raise Fatal(f"{model_path}/tokenizer.json lacks Whisper's special tokens.")
         return cls(
             tokenizer=tokenizer,
-            start_of_transcript=start,
-            end_of_text=end,
-            transcribe=task,
-            first_timestamp=no_timestamps + 1,
+            start_of_transcript=ids["startoftranscript"],
+            end_of_text=ids["endoftext"],
+            tasks={"transcribe": ids["transcribe"], "translate": ids["translate"]},
+            no_speech=ids["notimestamps"] - 1,  # called nospeech or nocaptions, never missing
+            no_timestamps=ids["notimestamps"],
             is_multilingual=is_multilingual,
         )
 
-    def prompt(self, language: str) -> list[int]:
+    @property
+    def first_timestamp(self) -> int:
+        """The token of 0.00 s; the others follow in steps of 20 ms."""
+        return self.no_timestamps + 1
+
+    def never_written(self) -> list[int]:
+        """Special tokens that belong into prompts only."""
+        return list(range(self.start_of_transcript, self.first_timestamp))
+
+    def prompt(self, language: str, task: Task = "transcribe") -> list[int]:
         """Tokens before the text: start, and for multilingual models language and task.
 
         Raises:
-            Fatal: the checkpoint does not know the language.
+            Fatal: the checkpoint does not know the language, or cannot translate.
         """
         if not self.is_multilingual:
+            if task == "translate":
+                raise Fatal("--task translate needs a multilingual model; this one knows English.")
             return [self.start_of_transcript]
         token = self.tokenizer.token_to_id(f"<|{language}|>")
         if token is None:
             raise Fatal(f"This model does not know the language {language!r}; see --language.")
-        return [self.start_of_transcript, token, self.transcribe]
+        return [self.start_of_transcript, token, self.tasks[task]]
+
+    def language_tokens(self) -> dict[str, int]:
+        """Tokens of the languages: what stands between start and the first task."""
+        first, last = self.start_of_transcript + 1, min(self.tasks.values())
+        return {str(self.tokenizer.id_to_token(i)): i for i in range(first, last)}
 
     def text(self, ids: Sequence[int]) -> str:
         """Text of the ordinary tokens; timestamps and special tokens are left out."""
@@ -74,6 +104,13 @@ class WhisperTokens:
         return str(self.tokenizer.decode(ordinary)).strip()
 
     def segments(self, ids: Sequence[int], duration_s: float) -> tuple[HypothesisSegment, ...]:
+        """Cut a generated sequence at its timestamps; see `phrases`."""
+        return tuple(
+            HypothesisSegment(phrase.start_s, phrase.end_s, self.text(phrase.ids))
+            for phrase in self.phrases(ids, duration_s)
+        )
+
+    def phrases(self, ids: Sequence[int], duration_s: float) -> tuple[Phrase, ...]:
         """Cut a generated sequence at its timestamps.
 
         Args:
@@ -81,10 +118,10 @@ class WhisperTokens:
             duration_s: the window's length; times are kept inside it.
 
         Returns:
-            Segments in time order, none empty, `0 <= start <= end <= duration_s`. Text
+            Phrases in time order, none empty, `0 <= start <= end <= duration_s`. Text
             without a closing timestamp runs to the end of the window.
         """
-        segments = []
+        phrases = []
         start = 0.0
         pending: list[int] = []
         for token in [*ids, self.end_of_text]:
@@ -97,10 +134,41 @@ class WhisperTokens:
             if token >= self.first_timestamp:
                 time = (token - self.first_timestamp) * SECONDS_PER_TIMESTAMP
                 time = max(start, min(time, duration_s))
-            if text := self.text(pending):
-                segments.append(HypothesisSegment(start, max(start, time), text))
+            if self.text(pending):
+                phrases.append(Phrase(start, max(start, time), tuple(pending)))
             pending, start = [], time
-        return tuple(segments)
+        return tuple(phrases)
+
+    def words(self, ids: Sequence[int], language: str) -> list[tuple[str, int]]:
+        """Split text tokens into words.
+
+        Returns:
+            Each word, blanks stripped, and how many tokens it takes; the counts add up to
+            `len(ids)`. A character cut over several tokens stays in one word.
+        """
+        words: list[tuple[str, int]] = []
+        pending: list[int] = []
+        for token in ids:
+            pending.append(token)
+            text = str(self.tokenizer.decode(pending))
+            if "\ufffd" in text and token != ids[-1]:
+                continue  # half a character
+            if words and not self._begins_word(text, language):
+                last, count = words[-1]
+                words[-1] = (last + text, count + len(pending))
+            else:
+                words.append((text, len(pending)))
+            pending = []
+        if pending and words:
+            last, count = words[-1]
+            words[-1] = (last, count + len(pending))
+        return [(word.strip(), count) for word, count in words]
+
+    @staticmethod
+    def _begins_word(text: str, language: str) -> bool:
+        if text.startswith(" "):
+            return True
+        return language in UNSPACED_LANGUAGES and any(c.isalnum() for c in text)
 
 
 def compression_ratio(text: str) -> float:

@@ -1,0 +1,416 @@
+"""CTC models by transformers: wav2vec2, HuBERT, WavLM, wav2vec2-BERT, Parakeet-CTC and others.
+
+Owns one checkpoint of `AutoModelForCTC`: its input, its batches, and the way from frames to
+words (Graves et al. 2006). Knows nothing of recordings or files. bfloat16 or float16 on a GPU,
+float32 on CPU.
+
+Greedy decoding takes the likeliest token of each frame, drops repeats and blanks; only token
+ids and their probabilities leave the device. A CTC model writes what it hears: nothing, where
+nobody speaks, so `no_speech_prob` is always 0.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from transcribe.batching import plan_batches
+from transcribe.decode import SAMPLE_RATE
+from transcribe.engines.base import EngineInput, Hypothesis, HypothesisSegment, HypothesisWord
+from transcribe.engines.whisper_tokens import compression_ratio
+from transcribe.engines.word_edges import sharpened
+from transcribe.errors import Fatal
+from transcribe.models import Model
+
+# A window is padded to its own length class, whoever shares its batch: where a model has no
+# attention mask (wav2vec2-base), padding changes the text, and so must not depend on others.
+_LENGTH_CLASS = SAMPLE_RATE // 2
+# On a CPU batches of one are the fastest: the activations stay in the cache.
+_BATCH_SAMPLES = {"cpu": 1, "cuda": 16 * 30 * SAMPLE_RATE}
+# A pause between words that ends a segment.
+_PHRASE_PAUSE_S = 0.6
+_MAX_BEYOND_PEAK_S = 0.15
+_SUBWORD_START = "▁"  # SentencePiece's mark of a word's first token
+
+
+@dataclass(frozen=True, slots=True)
+class _Token:
+    """A recognised token: frames `first` to `end` (excluded) and its mean log-probability."""
+
+    id: int
+    first: int
+    end: int
+    logprob: float
+
+
+class CTC:
+    """A CTC checkpoint loaded into transformers (see `Engine`)."""
+
+    name = "ctc-transformers"
+
+    def __init__(
+        self,
+        model: Model,
+        *,
+        device: str = "cpu",
+        words: bool = False,
+        language_model: str | None = None,
+        language: str | None = None,
+    ) -> None:
+        """Load the weights.
+
+        Args:
+            model: directory with config, tokenizer, feature extractor and safetensors.
+            device: `cpu` or `cuda`.
+            words: whether words get their own times.
+            language_model: path of a KenLM n-gram; None decodes greedily.
+            language: code that hypotheses carry; a CTC model cannot tell one.
+
+        Raises:
+            Fatal: not a usable CTC checkpoint, or the language model cannot be used.
+        """
+        self.device = device
+        self._words = words
+        self._language = language
+        self._model = _load_model(model, device)
+        self._extractor, self._tokenizer = _load_processor(model)
+        self._takes_waveform = self._model.main_input_name == "input_values"
+        self._has_mask = bool(getattr(self._extractor, "return_attention_mask", False))
+        self._frame_s = self._seconds_per_frame()
+        self._vocabulary = _Vocabulary.of(self._tokenizer, self._model.config, model)
+        self._decoder = None
+        if language_model is not None:
+            self._decoder = _language_model_decoder(language_model, self._vocabulary)
+
+    def recognise(self, windows: Sequence[EngineInput]) -> list[Hypothesis]:
+        """One hypothesis per window, in order (see `Engine`)."""
+        lengths = [_padded_length(len(window.samples)) for window in windows]
+        heard: dict[int, Hypothesis] = {}
+        for batch in plan_batches(lengths, _BATCH_SAMPLES[self.device]):
+            made = self._hear([windows[i].samples for i in batch], lengths[batch[0]])
+            heard.update(zip(batch, made, strict=True))
+        return [heard[i] for i in range(len(windows))]
+
+    @torch.inference_mode()
+    def _hear(self, windows: Sequence[npt.NDArray[np.int16]], length: int) -> list[Hypothesis]:
+        log_probs, n_frames = self._log_probs(windows, length)
+        best, ids = log_probs.max(dim=-1)
+        hypotheses = []
+        for i, samples in enumerate(windows):
+            own = log_probs[i, : n_frames[i]]
+            if self._decoder is not None:
+                tokens = self._with_language_model(own)
+            else:
+                tokens = self._collapse(
+                    ids[i, : n_frames[i]].tolist(), best[i, : n_frames[i]].tolist()
+                )
+                if self._words:
+                    tokens = _force_aligned(own, [t.id for t in tokens], self._vocabulary.blank)
+            hypotheses.append(self._hypothesis(tokens, samples))
+        return hypotheses
+
+    def _log_probs(
+        self, windows: Sequence[npt.NDArray[np.int16]], length: int
+    ) -> tuple[Tensor, list[int]]:
+        """Log-probabilities `[n_windows, n_frames, n_tokens]` and each window's own frames."""
+        floats = [np.multiply(samples, 1 / 32768, dtype=np.float32) for samples in windows]
+        prepare = self._waveforms if self._takes_waveform else self._features
+        values, mask = prepare(floats, length)
+        masked = {} if mask is None else {"attention_mask": mask.to(self.device)}
+        dtype = next(self._model.parameters()).dtype
+        logits = self._model(values.to(self.device, dtype), **masked).logits
+        lengths = self._n_valid(floats, mask)
+        n_frames = [max(0, min(int(n), logits.shape[1])) for n in lengths]
+        return logits.float().log_softmax(dim=-1), n_frames
+
+    def _waveforms(
+        self, windows: Sequence[npt.NDArray[np.float32]], length: int
+    ) -> tuple[Tensor, Tensor | None]:
+        """Windows normalised each by itself and padded with zeros: `[n_windows, length]`."""
+        values = torch.zeros(len(windows), length)
+        mask = torch.zeros(len(windows), length, dtype=torch.long)
+        for i, samples in enumerate(windows):
+            if len(samples):
+                extracted = self._extractor(samples, sampling_rate=SAMPLE_RATE)["input_values"][0]
+                values[i, : len(samples)] = torch.as_tensor(np.asarray(extracted))
+            mask[i, : len(samples)] = 1
+        return values, mask if self._has_mask else None
+
+    def _features(
+        self, windows: Sequence[npt.NDArray[np.float32]], length: int
+    ) -> tuple[Tensor, Tensor | None]:
+        """Spectral features and their mask, as the checkpoint's own extractor makes them."""
+        least = [np.pad(s, (0, max(0, SAMPLE_RATE // 10 - len(s)))) for s in windows]
+        made = self._extractor(
+            least,
+            sampling_rate=SAMPLE_RATE,
+            padding=True,
+            return_attention_mask=True,
+            return_tensors="pt",
+        )
+        return made["input_features"], made["attention_mask"].long()
+
+    def _n_valid(
+        self, windows: Sequence[npt.NDArray[np.float32]], mask: Tensor | None
+    ) -> list[int]:
+        """Frames of the output that stand for each window's own sound."""
+        if self._takes_waveform:
+            lengths = torch.tensor([len(samples) for samples in windows])
+        else:
+            assert mask is not None
+            lengths = mask.sum(dim=-1).cpu()
+        family = self._model
+        count = getattr(family, "_get_feat_extract_output_lengths", None)
+        count = count or family._get_subsampling_output_length
+        valid: list[int] = count(lengths).tolist()
+        return valid
+
+    def _seconds_per_frame(self) -> float:
+        """Measured on ten seconds: strides differ between families and their feature rates."""
+        silence = [np.zeros(10 * SAMPLE_RATE, dtype=np.float32)]
+        mask = None if self._takes_waveform else self._features(silence, 0)[1]
+        return 10.0 / self._n_valid(silence, mask)[0]
+
+    # ---- frames -> tokens ---------------------------------------------------------------
+
+    def _collapse(self, ids: Sequence[int], logprobs: Sequence[float]) -> list[_Token]:
+        """Greedy path -> tokens: runs of one id are one token, blanks are none."""
+        tokens = []
+        first = 0
+        for end in range(1, len(ids) + 1):
+            if end < len(ids) and ids[end] == ids[first]:
+                continue
+            if ids[first] != self._vocabulary.blank:
+                mean = sum(logprobs[first:end]) / (end - first)
+                tokens.append(_Token(ids[first], first, end, mean))
+            first = end
+        return tokens
+
+    def _with_language_model(self, log_probs: Tensor) -> list[_Token]:
+        """Beam search with the n-gram, then the tokens of its text aligned to the frames."""
+        assert self._decoder is not None
+        if not len(log_probs):
+            return []
+        text = self._decoder.decode(log_probs.cpu().numpy())
+        ids = self._vocabulary.encode(text, self._tokenizer)
+        return _force_aligned(log_probs, ids, self._vocabulary.blank)
+
+    # ---- tokens -> words -> segments ----------------------------------------------------
+
+    def _hypothesis(self, tokens: list[_Token], samples: npt.NDArray[np.int16]) -> Hypothesis:
+        duration_s = len(samples) / SAMPLE_RATE
+        words = _timed_words(self._vocabulary.words(tokens), self._frame_s, duration_s)
+        segments = tuple(self._segment(phrase) for phrase in _phrases(sharpened(words, samples)))
+        spoken = [t for t in tokens if t.id != self._vocabulary.delimiter]
+        text = " ".join(segment.text for segment in segments)
+        return Hypothesis(
+            segments=segments,
+            language=self._language,
+            avg_logprob=sum(t.logprob for t in spoken) / len(spoken) if spoken else 0.0,
+            compression_ratio=compression_ratio(text),
+        )
+
+    def _segment(self, words: Sequence[HypothesisWord]) -> HypothesisSegment:
+        text = " ".join(word.word for word in words)
+        timed = tuple(words) if self._words else None
+        return HypothesisSegment(words[0].start_s, words[-1].end_s, text, timed)
+
+
+def _timed_words(
+    words: Sequence[tuple[str, list[_Token]]], frame_s: float, duration_s: float
+) -> list[HypothesisWord]:
+    """Words with their times and the mean probability of their tokens.
+
+    A CTC token peaks inside its sound, not at its edges, so neighbours share the time between
+    their peaks, up to `_MAX_BEYOND_PEAK_S` each.
+    """
+    first = [tokens[0].first * frame_s for _, tokens in words]
+    last = [tokens[-1].end * frame_s for _, tokens in words]
+    timed = []
+    for i, (text, tokens) in enumerate(words):
+        before = first[i] / 2 if i == 0 else (last[i - 1] + first[i]) / 2
+        after = (last[i] + (first[i + 1] if i + 1 < len(words) else duration_s)) / 2
+        start = max(before, first[i] - _MAX_BEYOND_PEAK_S)
+        end = min(after, last[i] + _MAX_BEYOND_PEAK_S, duration_s)
+        probability = float(np.mean(np.exp([t.logprob for t in tokens])))
+        start = min(start, duration_s)
+        timed.append(HypothesisWord(text, start, max(start, end), min(1.0, probability)))
+    return timed
+
+
+def _phrases(words: Sequence[HypothesisWord]) -> list[list[HypothesisWord]]:
+    """Words cut where a pause lies between them."""
+    phrases: list[list[HypothesisWord]] = []
+    for word in words:
+        if phrases and word.start_s - phrases[-1][-1].end_s < _PHRASE_PAUSE_S:
+            phrases[-1].append(word)
+        else:
+            phrases.append([word])
+    return phrases
+
+
+def _force_aligned(log_probs: Tensor, ids: Sequence[int], blank: int) -> list[_Token]:
+    """Where tokens lie on the likeliest CTC path that writes them.
+
+    Args:
+        log_probs: `[n_frames, n_tokens]`.
+        ids: tokens without blanks.
+        blank: CTC's blank.
+
+    Returns:
+        One token per id; none if the frames are too few to write them.
+    """
+    from torchaudio.functional import forced_align, merge_tokens
+
+    repeats = sum(a == b for a, b in itertools.pairwise(ids))
+    if not ids or len(log_probs) < len(ids) + repeats:
+        return []
+    targets = torch.tensor([ids], dtype=torch.int32, device=log_probs.device)
+    path, scores = forced_align(log_probs[None].contiguous(), targets, blank=blank)
+    spans = merge_tokens(path[0], scores[0], blank=blank)
+    return [_Token(int(s.token), int(s.start), int(s.end), float(s.score)) for s in spans]
+
+
+@dataclass(frozen=True, slots=True)
+class _Vocabulary:
+    """Tokens of a checkpoint as text.
+
+    `delimiter` stands between words in character vocabularies; subword vocabularies have none
+    and mark a word's first token instead.
+    """
+
+    tokens: list[str]
+    blank: int
+    delimiter: int | None
+    silent: frozenset[int]
+
+    @classmethod
+    def of(cls, tokenizer: Any, config: Any, model: Model) -> _Vocabulary:
+        """Read it from the tokenizer.
+
+        Raises:
+            Fatal: the tokenizer and the model do not fit together.
+        """
+        by_text: dict[str, int] = tokenizer.get_vocab()
+        size = max(config.vocab_size, max(by_text.values(), default=0) + 1)
+        tokens = [""] * size
+        for text, index in by_text.items():
+            tokens[index] = text
+        blank = config.pad_token_id if config.pad_token_id is not None else tokenizer.pad_token_id
+        if blank is None or not 0 <= blank < size:
+            raise Fatal(f"--model {model.name}: neither config nor tokenizer tells CTC's blank.")
+        delimiter = by_text.get(getattr(tokenizer, "word_delimiter_token", None) or "")
+        silent = frozenset({*tokenizer.all_special_ids, blank} - {delimiter})
+        return cls(tokens, int(blank), delimiter, silent)
+
+    def words(self, tokens: Sequence[_Token]) -> list[tuple[str, list[_Token]]]:
+        """Tokens grouped into words, with the words' texts."""
+        words: list[tuple[str, list[_Token]]] = []
+        is_new = True
+        for token in tokens:
+            text = self.tokens[token.id]
+            if token.id == self.delimiter:
+                is_new = True
+                continue
+            if token.id in self.silent:
+                continue
+            is_new = is_new or text.startswith(_SUBWORD_START)
+            text = text.removeprefix(_SUBWORD_START)
+            if is_new:
+                words.append((text, [token]))
+            else:
+                before, members = words[-1]
+                words[-1] = (before + text, [*members, token])
+            is_new = False
+        return [(text, members) for text, members in words if text]
+
+    def encode(self, text: str, tokenizer: Any) -> list[int]:
+        """Tokens that write a text."""
+        ids: list[int] = tokenizer(text).input_ids
+        return [i for i in ids if i not in self.silent]
+
+
+def _padded_length(n_samples: int) -> int:
+    return max(1, -(-n_samples // _LENGTH_CLASS)) * _LENGTH_CLASS
+
+
+def _load_model(model: Model, device: str) -> Any:
+    from transformers import AutoModelForCTC
+
+    dtype = torch.float32
+    if device != "cpu":
+        dtype = torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
+    try:
+        loaded: Any = AutoModelForCTC.from_pretrained(
+            str(model.path),
+            use_safetensors=True,
+            local_files_only=True,
+            trust_remote_code=False,
+            dtype=dtype,
+        )
+    except Exception as error:  # transformers and safetensors raise whatever they like
+        raise Fatal(
+            f"--model {model.name}: no CTC model could be loaded ({_reason(error)})."
+        ) from None
+    return loaded.to(device).eval()
+
+
+def _load_processor(model: Model) -> tuple[Any, Any]:
+    """Feature extractor and tokenizer of a checkpoint."""
+    from transformers import AutoFeatureExtractor, AutoTokenizer
+
+    loaded = []
+    for part, loader in (("feature extractor", AutoFeatureExtractor), ("tokenizer", AutoTokenizer)):
+        try:
+            loaded.append(
+                loader.from_pretrained(
+                    str(model.path), local_files_only=True, trust_remote_code=False
+                )
+            )
+        except Exception as error:
+            raise Fatal(
+                f"--model {model.name}: its {part} could not be loaded ({_reason(error)});"
+                " copy preprocessor_config.json and the tokenizer's files beside the weights."
+            ) from None
+    extractor, tokenizer = loaded
+    if extractor.sampling_rate != SAMPLE_RATE:
+        raise Fatal(
+            f"--model {model.name} hears {extractor.sampling_rate} Hz; only 16000 Hz is made here."
+        )
+    return extractor, tokenizer
+
+
+def _language_model_decoder(path: str, vocabulary: _Vocabulary) -> Any:
+    """A beam search with the n-gram at `path`."""
+    try:
+        import kenlm  # noqa: F401 - pyctcdecode only warns without it
+        from pyctcdecode import build_ctcdecoder
+    except ImportError:
+        raise Fatal(
+            "--lm needs two more packages: pip install --no-deps pyctcdecode pygtrie kenlm"
+        ) from None
+    if not Path(path).is_file():
+        raise Fatal(f"--lm {path}: no such file; give a KenLM n-gram (.arpa or .bin).")
+    labels = list(vocabulary.tokens)
+    labels[vocabulary.blank] = ""
+    if vocabulary.delimiter is not None:
+        labels[vocabulary.delimiter] = " "
+    try:
+        return build_ctcdecoder(labels, kenlm_model_path=path)
+    except (OSError, RuntimeError, ValueError) as error:
+        raise Fatal(
+            f"--lm {path}: cannot be used as a language model ({_reason(error)})."
+        ) from None
+
+
+def _reason(error: BaseException) -> str:
+    lines = str(error).splitlines()
+    return lines[0][:200] if lines else type(error).__name__

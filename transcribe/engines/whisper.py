@@ -1,0 +1,468 @@
+"""Whisper, whatever runs it: languages, padding, batches, retries and word times.
+
+Owns everything about recognising with a Whisper checkpoint but the arithmetic of its layers,
+which a `WhisperRuntime` does (`whisper_ct2.py`, `whisper_torch.py`). Knows nothing of
+recordings or files.
+
+What makes it fast (docs/decisions.md): the encoder hears only a window's own length class,
+speech and a second, instead of 30 s; the rest of its output is taken from an encoding of
+silence made once. Without that rest Whisper misses the end of the speech and repeats itself.
+A result that looks wrong is tried again, first with the full 30 s.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from transcribe.batching import plan_batches
+from transcribe.config import Task
+from transcribe.decode import SAMPLE_RATE
+from transcribe.engines.base import EngineInput, Hypothesis, HypothesisSegment
+from transcribe.engines.whisper_tokens import WhisperTokens, compression_ratio, says_twice
+from transcribe.engines.whisper_words import Alignment, timed_segments
+from transcribe.models import Model
+
+Samples = npt.NDArray[np.int16]
+Encoded = Any  # 30 s of encoder output, in whatever form the runtime likes
+
+FULL_SAMPLES = 30 * SAMPLE_RATE
+SECONDS_PER_FRAME = 0.02  # of the encoder's output
+_MARGIN = SAMPLE_RATE  # silence after the speech, by which Whisper knows that it has ended
+_LENGTH_CLASS = 2 * SAMPLE_RATE
+_WINDOWS_PER_LANGUAGE_VOTE = 3
+
+# A channel is taken for another language than its recording only on good evidence.
+_OWN_LANGUAGE_PROBABILITY = 0.8
+_OWN_LANGUAGE_SAMPLES = 5 * SAMPLE_RATE
+
+# Whisper's own thresholds (Radford et al. 2022, section 4.5).
+_MAX_COMPRESSION_RATIO = 2.4
+_MIN_AVG_LOGPROB = -1.0
+_MAX_NO_SPEECH_PROB = 0.6
+# Nobody speaks faster than this; 20 is a fast reader. Repeated text shows here first.
+_MAX_CHARACTERS_PER_SECOND = 30.0
+# A window ends in speech, but for 0.2 s. Text that ends much earlier has lost some of it.
+_MAX_UNHEARD_S = 2.0
+
+
+@dataclass(frozen=True, slots=True)
+class Search:
+    """How the decoder looks for the text; one beam is greedy."""
+
+    beam_size: int = 1
+    no_repeat_ngram_size: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Generated:
+    """What the decoder wrote for one window.
+
+    Attributes:
+        ids: token ids without prompt and end token.
+        avg_logprob: sum of the tokens' natural log-probabilities, the end token's included,
+            over their number.
+        no_speech_prob: probability of `<|nospeech|>` as the first token.
+    """
+
+    ids: list[int]
+    avg_logprob: float
+    no_speech_prob: float
+
+
+class WhisperRuntime(Protocol):
+    """A loaded checkpoint: the arithmetic, and nothing else."""
+
+    name: str
+    device: str
+    is_multilingual: bool
+    batch_windows: int
+
+    def encode(self, windows: Sequence[Samples], padded: Sequence[int]) -> list[Encoded]:
+        """Encoder output of each window, silence behind its padded samples up to 30 s."""
+        ...
+
+    def language_probabilities(self, encoded: Encoded) -> dict[str, float]:
+        """Probability of each language token (`<|en|>`)."""
+        ...
+
+    def generate(
+        self, encoded: Sequence[Encoded], prompts: Sequence[Sequence[int]], search: Search
+    ) -> list[Generated]:
+        """Text of each window."""
+        ...
+
+    def align(
+        self,
+        encoded: Sequence[Encoded],
+        prompts: Sequence[Sequence[int]],
+        texts: Sequence[Sequence[int]],
+        n_frames: Sequence[int],
+    ) -> list[Alignment]:
+        """When each token of each text was said, heard in its first `n_frames` of 20 ms."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class _Attempt:
+    """One way to decode: whether to pad to 30 s, and how to search."""
+
+    full_padding: bool
+    search: Search = Search()
+
+
+# Deterministic on purpose: the same window always gives the same text, on any worker and in
+# any order. Sampling at a temperature cannot promise that here (docs/decisions.md).
+_FIRST = _Attempt(full_padding=False)
+_RETRIES = (
+    _Attempt(full_padding=True),
+    _Attempt(full_padding=True, search=Search(beam_size=5)),
+    _Attempt(full_padding=True, search=Search(beam_size=5, no_repeat_ngram_size=3)),
+)
+
+
+def load_whisper(
+    model: Model,
+    *,
+    device: str = "cpu",
+    language: str | None = None,
+    task: Task = "transcribe",
+    words: bool = False,
+    threads: int = 1,
+) -> Whisper:
+    """Load a Whisper checkpoint into the runtime that `model.engine` names.
+
+    Args:
+        model: the weights.
+        device: `cpu` or `cuda`.
+        language: code of all speech; None detects it for each recording.
+        task: transcribe, or translate into English.
+        words: whether words get their own times.
+        threads: CPU threads.
+
+    Raises:
+        Fatal: the checkpoint cannot be loaded, or cannot do what is asked.
+    """
+    runtime: WhisperRuntime
+    if model.engine == "whisper-transformers":
+        from transcribe.engines.whisper_torch import TorchRuntime
+
+        runtime = TorchRuntime(model, device=device, threads=threads)
+    else:
+        from transcribe.engines.whisper_ct2 import CTranslate2Runtime
+
+        runtime = CTranslate2Runtime(model, device=device, threads=threads)
+    tokens = WhisperTokens.load(model.path, runtime.is_multilingual)
+    return Whisper(runtime, tokens, language=language, task=task, words=words)
+
+
+class Whisper:
+    """A Whisper checkpoint as an engine (see `Engine`)."""
+
+    def __init__(
+        self,
+        runtime: WhisperRuntime,
+        tokens: WhisperTokens,
+        *,
+        language: str | None = None,
+        task: Task = "transcribe",
+        words: bool = False,
+    ) -> None:
+        """Put an engine on a loaded checkpoint.
+
+        Raises:
+            Fatal: the checkpoint does not know the language or the task.
+        """
+        self.name = runtime.name
+        self.device = runtime.device
+        self._runtime = runtime
+        self._tokens = tokens
+        self._language = language
+        self._task: Task = task
+        self._words = words
+        tokens.prompt(language or "en", task)  # refuse now what it cannot do
+
+    def recognise(self, windows: Sequence[EngineInput]) -> list[Hypothesis]:
+        """One hypothesis per window, in order (see `Engine`)."""
+        encoded: dict[int, Encoded] = {}
+        return self._recognise(windows, self._languages(windows, encoded), encoded)
+
+    def _recognise(
+        self,
+        windows: Sequence[EngineInput],
+        languages: Sequence[tuple[str, float]],
+        encoded: dict[int, Encoded],
+    ) -> list[Hypothesis]:
+        """Attempt after attempt on what still looks wrong; then the tails that were not heard."""
+        results: dict[int, Hypothesis] = {}
+        todo = list(range(len(windows)))
+        for attempt in (_FIRST, *_RETRIES):
+            for index, hypothesis in self._attempt(windows, todo, languages, attempt, encoded):
+                results[index] = _better(results.get(index), hypothesis, windows[index])
+            encoded.clear()
+            todo = [i for i in todo if _is_suspicious(results[i], windows[i])]
+        self._hear_on(windows, languages, results, todo)
+        return [results[i] for i in range(len(windows))]
+
+    def _hear_on(
+        self,
+        windows: Sequence[EngineInput],
+        languages: Sequence[tuple[str, float]],
+        results: dict[int, Hypothesis],
+        doubtful: Sequence[int],
+    ) -> None:
+        """Recognise what lies behind a text that ends too early, and join it to that text.
+
+        Whisper's own long-form decoding goes on from its last timestamp in the same way
+        (Radford et al. 2022, section 3.8). A text that has not begun cannot be gone on with.
+        """
+        cut = [
+            i
+            for i in doubtful
+            if 0 < _heard_s(results[i]) < _duration_s(windows[i]) - _MAX_UNHEARD_S
+        ]
+        if not cut:
+            return
+        tails = [
+            replace(
+                windows[i],
+                samples=windows[i].samples[round(_heard_s(results[i]) * SAMPLE_RATE) :],
+            )
+            for i in cut
+        ]
+        heard = self._recognise(tails, [languages[i] for i in cut], {})
+        for index, tail in zip(cut, heard, strict=True):
+            results[index] = _joined(results[index], tail)
+
+    def _attempt(
+        self,
+        windows: Sequence[EngineInput],
+        indices: Sequence[int],
+        languages: Sequence[tuple[str, float]],
+        attempt: _Attempt,
+        encoded: dict[int, Encoded],
+    ) -> Iterator[tuple[int, Hypothesis]]:
+        """Decode the windows at `indices` once; `encoded` may hold some of them already."""
+        for batch in plan_batches([1] * len(indices), self._runtime.batch_windows):
+            members = [indices[position] for position in batch]
+            outputs = self._encode(windows, members, attempt.full_padding, encoded)
+            spoken = [languages[i][0] for i in members]
+            prompts = [self._tokens.prompt(language, self._task) for language in spoken]
+            found = self._runtime.generate(outputs, prompts, attempt.search)
+            inputs = [windows[i] for i in members]
+            phrased = self._segments(inputs, outputs, spoken, found)
+            for index, result, segments in zip(members, found, phrased, strict=True):
+                yield index, self._hypothesis(result, segments, languages[index])
+
+    def _encode(
+        self,
+        windows: Sequence[EngineInput],
+        members: Sequence[int],
+        full_padding: bool,
+        encoded: dict[int, Encoded],
+    ) -> list[Encoded]:
+        """Encoder output of `members`; what `encoded` holds is taken out of it."""
+        missing = [i for i in members if i not in encoded]
+        made = self._runtime.encode(
+            [windows[i].samples for i in missing],
+            [padded_length(windows[i], full_padding) for i in missing],
+        )
+        encoded.update(zip(missing, made, strict=True))
+        return [encoded.pop(i) for i in members]
+
+    def _segments(
+        self,
+        windows: Sequence[EngineInput],
+        outputs: Sequence[Encoded],
+        languages: Sequence[str],
+        found: Sequence[Generated],
+    ) -> list[tuple[HypothesisSegment, ...]]:
+        """Phrases of each window, with word times if they are wanted."""
+        durations = [_duration_s(window) for window in windows]
+        if not self._words:
+            return [
+                self._tokens.segments(result.ids, duration)
+                for result, duration in zip(found, durations, strict=True)
+            ]
+        phrases = [
+            self._tokens.phrases(result.ids, duration)
+            for result, duration in zip(found, durations, strict=True)
+        ]
+        speaking = [i for i, spoken in enumerate(phrases) if spoken]
+        alignments = self._runtime.align(
+            [outputs[i] for i in speaking],
+            [self._tokens.prompt(languages[i], self._task) for i in speaking],
+            [[token for phrase in phrases[i] for token in phrase.ids] for i in speaking],
+            [max(1, round(durations[i] / SECONDS_PER_FRAME)) for i in speaking],
+        )
+        aligned = dict(zip(speaking, alignments, strict=True))
+        return [
+            timed_segments(self._tokens, spoken, aligned[i], languages[i], windows[i].samples)
+            if spoken
+            else ()
+            for i, spoken in enumerate(phrases)
+        ]
+
+    def _hypothesis(
+        self,
+        result: Generated,
+        segments: tuple[HypothesisSegment, ...],
+        language: tuple[str, float],
+    ) -> Hypothesis:
+        return Hypothesis(
+            segments=segments,
+            language=language[0],
+            language_probability=language[1],
+            avg_logprob=result.avg_logprob,
+            compression_ratio=compression_ratio(self._tokens.text(result.ids)),
+            no_speech_prob=result.no_speech_prob,
+        )
+
+    def _languages(
+        self, windows: Sequence[EngineInput], encoded: dict[int, Encoded]
+    ) -> list[tuple[str, float]]:
+        """Language and its probability for each window.
+
+        A recording's channels vote together; one that surely speaks another language than
+        the recording as a whole keeps its own.
+        """
+        if self._language is not None or not self._runtime.is_multilingual:
+            return [(self._language or "en", 1.0)] * len(windows)
+        channels: dict[tuple[int, int], list[int]] = {}
+        for index, window in enumerate(windows):
+            channels.setdefault((window.group, window.channel), []).append(index)
+        votes = {key: self._vote(windows, members, encoded) for key, members in channels.items()}
+        decided = decide_languages(votes)
+        return [decided[window.group, window.channel] for window in windows]
+
+    def _vote(
+        self, windows: Sequence[EngineInput], members: Sequence[int], encoded: dict[int, Encoded]
+    ) -> LanguageVote:
+        """The word of the longest windows, which hold the most speech.
+
+        What was encoded for it is kept in `encoded`, so that it is not done twice.
+        """
+        voters = sorted(members, key=lambda i: -len(windows[i].samples))
+        vote = LanguageVote({}, 0)
+        for index in voters[:_WINDOWS_PER_LANGUAGE_VOTE]:
+            (output,) = self._encode(windows, [index], False, encoded)
+            encoded[index] = output
+            told = self._runtime.language_probabilities(output)
+            vote = vote + LanguageVote.of(told, len(windows[index].samples))
+        return vote
+
+
+@dataclass(frozen=True, slots=True)
+class LanguageVote:
+    """Log-probabilities of languages, summed over `n_samples` of speech and weighted by them."""
+
+    scores: dict[str, float]
+    n_samples: int
+
+    @classmethod
+    def of(cls, probabilities: dict[str, float], n_samples: int) -> LanguageVote:
+        """One window's vote, `<|en|>` and the like as keys."""
+        logs = {
+            token.strip("<|>"): n_samples * float(np.log(max(p, 1e-10)))
+            for token, p in probabilities.items()
+        }
+        return cls(logs, n_samples)
+
+    def __add__(self, other: LanguageVote) -> LanguageVote:
+        names = self.scores | other.scores
+        summed = {n: self.scores.get(n, 0.0) + other.scores.get(n, 0.0) for n in names}
+        return LanguageVote(summed, self.n_samples + other.n_samples)
+
+    def winner(self) -> tuple[str, float]:
+        """The language ahead and its probability."""
+        best = max(self.scores, key=lambda name: self.scores[name])
+        weight = max(1, self.n_samples)
+        total = sum(np.exp(score / weight) for score in self.scores.values())
+        return best, float(np.exp(self.scores[best] / weight) / total)
+
+
+def decide_languages(
+    votes: dict[tuple[int, int], LanguageVote],
+) -> dict[tuple[int, int], tuple[str, float]]:
+    """Language and probability for each (recording, channel).
+
+    Short answers are easily taken for another language: a channel differs from its recording
+    only with 5 s of speech and a probability of 0.8.
+    """
+    together: dict[int, LanguageVote] = {}
+    for (group, _), vote in votes.items():
+        together[group] = together.get(group, LanguageVote({}, 0)) + vote
+    decided = {}
+    for key, vote in votes.items():
+        own = vote.winner()
+        is_sure = own[1] >= _OWN_LANGUAGE_PROBABILITY and vote.n_samples >= _OWN_LANGUAGE_SAMPLES
+        decided[key] = own if is_sure else together[key[0]].winner()
+    return decided
+
+
+def padded_length(window: EngineInput, full: bool) -> int:
+    """Samples that a window is padded to: 30 s, or its length class (speech and a second)."""
+    if full:
+        return FULL_SAMPLES
+    classes = -(-(len(window.samples) + _MARGIN) // _LENGTH_CLASS)
+    return min(FULL_SAMPLES, int(classes) * _LENGTH_CLASS)
+
+
+def _is_silence(hypothesis: Hypothesis) -> bool:
+    return (
+        hypothesis.no_speech_prob > _MAX_NO_SPEECH_PROB
+        and hypothesis.avg_logprob < _MIN_AVG_LOGPROB
+    )
+
+
+def _is_suspicious(hypothesis: Hypothesis, window: EngineInput) -> bool:
+    """Whether the text is likely wrong and worth another attempt."""
+    if _is_silence(hypothesis):
+        return False
+    seconds = _duration_s(window)
+    return (
+        hypothesis.compression_ratio > _MAX_COMPRESSION_RATIO
+        or hypothesis.avg_logprob < _MIN_AVG_LOGPROB
+        or len(hypothesis.text) > _MAX_CHARACTERS_PER_SECOND * max(1.0, seconds)
+        or seconds - _heard_s(hypothesis) > _MAX_UNHEARD_S
+        or says_twice(hypothesis.text)
+    )
+
+
+def _duration_s(window: EngineInput) -> float:
+    return len(window.samples) / SAMPLE_RATE
+
+
+def _heard_s(hypothesis: Hypothesis) -> float:
+    """Where the text ends, in seconds from the window's start; 0 without text."""
+    return hypothesis.segments[-1].end_s if hypothesis.segments else 0.0
+
+
+def _joined(first: Hypothesis, tail: Hypothesis) -> Hypothesis:
+    """`tail` put behind `first`; the doubtful values of the two stay."""
+    if not tail.segments or _is_silence(tail):
+        return first
+    shift = _heard_s(first)
+    moved = [segment.shifted(shift) for segment in tail.segments]
+    return replace(
+        first,
+        segments=(*first.segments, *moved),
+        avg_logprob=min(first.avg_logprob, tail.avg_logprob),
+        compression_ratio=max(first.compression_ratio, tail.compression_ratio),
+        no_speech_prob=min(first.no_speech_prob, tail.no_speech_prob),
+    )
+
+
+def _better(old: Hypothesis | None, new: Hypothesis, window: EngineInput) -> Hypothesis:
+    """The hypothesis to keep: a sound one, else the more probable one that does not loop."""
+    if old is None or not _is_suspicious(new, window):
+        return new
+    old_loops = old.compression_ratio > _MAX_COMPRESSION_RATIO
+    new_loops = new.compression_ratio > _MAX_COMPRESSION_RATIO
+    if old_loops != new_loops:
+        return new if old_loops else old
+    return new if new.avg_logprob > old.avg_logprob else old
