@@ -11,6 +11,7 @@ import os
 import signal
 import threading
 from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.metadata import version
 from types import FrameType
 from typing import Annotated, Any
@@ -142,7 +143,6 @@ def run(
     speech) or `failed` (with the reason). Recordings that have a row are not done again.
     """
     console = Console()
-    _end_on_sigterm()
     try:
         # What the user wrote is checked before anything heavy is imported.
         names = tuple(n.strip() for n in speakers.split(",")) if speakers else ()
@@ -159,7 +159,8 @@ def run(
             max_failed=max_failed,
             wait_for_workers_s=wait_for_workers,
         )
-        result = _run(config, address or os.environ.get("RAY_ADDRESS"), console)
+        with _ending_on_sigterm():
+            result = _run(config, address or os.environ.get("RAY_ADDRESS"), console)
     except TranscribeError as error:
         _complain(error)
         raise typer.Exit(2) from None
@@ -191,9 +192,16 @@ class _Terminated(KeyboardInterrupt):
     """SIGTERM: ends a run the way Ctrl-C does, through the same clearing up."""
 
 
-def _end_on_sigterm() -> None:
-    if threading.current_thread() is threading.main_thread():  # the only one that may
-        signal.signal(signal.SIGTERM, _raise_terminated)
+@contextmanager
+def _ending_on_sigterm() -> Iterator[None]:
+    if threading.current_thread() is not threading.main_thread():  # the only one that may
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, _raise_terminated)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _raise_terminated(signum: int, frame: FrameType | None) -> None:
