@@ -81,7 +81,7 @@ class Evaluation:
         repeated: of these naming a recording again; the first one counts.
         unknown: of these with null for a text; skipped.
         without_row: of these with a text, but without a row.
-        by_ending: matched by the end of their path only.
+        by_ending: compared ones that matched by the end of their path only.
         rows_without_reference: rows of OUT that no entry names.
     """
 
@@ -153,7 +153,7 @@ def evaluate(out: str, file: str) -> Evaluation:
         repeated=len(entries) - len(references),
         unknown=sum(r.text is None for r in references.values()),
         without_row=sum(r.text is not None for u, r in references.items() if u not in matched),
-        by_ending=sum(row != uri for uri, row in matched.items()),
+        by_ending=sum(reference.uri != row for row, reference in known.items()),
         rows_without_reference=len(uris - set(matched.values())),
     )
 

@@ -19,7 +19,7 @@ CONTEXT = 3
 
 _LONG_RUN = 16
 _MOST_STRETCHES = 8
-_LINE_CELLS = 90
+_LINE_CELLS = 100
 _MARKS = {"equal": "", "substitute": "S", "delete": "D", "insert": "I"}
 
 
@@ -181,7 +181,8 @@ def _aligned(stretch: Sequence[Piece]) -> Iterator[str]:
         ):
             widths = [max(map(cell_len, column)) for column in columns[:taken]]
             words = " ".join(_left(word, width) for word, width in zip(row, widths, strict=True))
-            yield f"  {title}  {words}".rstrip()
+            if words.strip():
+                yield f"  {title}  {words}".rstrip()
         columns = columns[taken:]
 
 
