@@ -171,7 +171,7 @@ def _cut(piece: Piece, start: int | None, stop: int | None) -> Piece:
 def _aligned(stretch: Sequence[Piece]) -> Iterator[str]:
     """REF and HYP one above the other, word by word, and below them how they differ."""
     columns = [column for piece in stretch for column in _columns(piece)]
-    while columns:
+    while any(mark for *_, mark in columns):
         taken, used = 0, 0
         while taken < len(columns) and (taken == 0 or used <= _LINE_CELLS):
             used += max(map(cell_len, columns[taken])) + 1
@@ -181,8 +181,7 @@ def _aligned(stretch: Sequence[Piece]) -> Iterator[str]:
         ):
             widths = [max(map(cell_len, column)) for column in columns[:taken]]
             words = " ".join(_left(word, width) for word, width in zip(row, widths, strict=True))
-            if words.strip():
-                yield f"  {title}  {words}".rstrip()
+            yield f"  {title}  {words}".rstrip()
         columns = columns[taken:]
 
 

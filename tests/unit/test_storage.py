@@ -216,7 +216,7 @@ def test_check_writable(tmp_path: Path) -> None:
 
 @pytest.mark.skipif(not Path("/proc/self").exists(), reason="needs a place without new files")
 def test_a_place_where_nothing_can_be_made_is_not_about_permissions() -> None:
-    with pytest.raises(Fatal, match="cannot write to /proc/none: .*check the name") as caught:
+    with pytest.raises(Fatal, match=r"cannot write to /proc/none: .*check the name") as caught:
         storage.check_writable("/proc/none")
     assert "permission" not in str(caught.value)
 
@@ -228,7 +228,7 @@ def test_a_folder_that_may_not_be_entered_is_named(
         raise PermissionError(13, "Permission denied", str(self))
 
     monkeypatch.setattr(Path, "is_dir", forbidden)
-    with pytest.raises(Fatal, match="cannot list .*/calls: Permission denied; check its perm"):
+    with pytest.raises(Fatal, match=r"cannot list .*/calls: Permission denied; check its perm"):
         _uris(f"{tmp_path}/calls")
 
 
