@@ -173,8 +173,8 @@ def _from_manifest(url: str) -> list[Recording]:
     folder = url.rpartition("/")[0] or "/"
     metadata: dict[str, str] = {}
     repeated: list[str] = []
-    for row in _rows(url):
-        uri = _resolved(row.pop("uri"), folder)
+    for row in manifest_rows(url):
+        uri = resolved(row.pop("uri"), folder)
         if uri in metadata:
             repeated.append(uri)
         else:
@@ -193,41 +193,66 @@ def _from_manifest(url: str) -> list[Recording]:
     return [_recording(found, metadata[found.uri]) for found in objects]
 
 
-def _rows(url: str) -> Iterator[dict[str, Any]]:
-    """The rows of a manifest, every one with a usable `uri`."""
+def manifest_rows(url: str, names: Sequence[str] = ("uri",)) -> Iterator[dict[str, Any]]:
+    """The rows of a CSV, JSONL or Parquet file, every one with a usable `uri`.
+
+    Args:
+        url: absolute name of an object whose extension is one of `MANIFESTS`.
+        names: columns that may say the uri, the preferred one first; whichever of them a row
+            has comes out as `uri`.
+
+    Raises:
+        Fatal: it cannot be read, or a row says no uri.
+        Transient: the store does not answer, after retries.
+    """
     readers = {".csv": _csv_rows, ".jsonl": _jsonl_rows, ".parquet": _parquet_rows}
     with storage.open_parquet_source(url) as file:
-        for where, row in readers[_extension(url)](url, file):
-            if "uri" not in row:
-                columns = ", ".join(sorted(row)) or "none"
-                raise Fatal(f"{url}, {where}: no column `uri` (found: {columns}); add it")
-            if not _is_usable(row["uri"]):
-                raise Fatal(f"{url}, {where}: `uri` must be the path or URL of a recording")
-            yield row
+        for where, row in readers[_extension(url)](url, file, names):
+            name = next((name for name in names if name in row), None)
+            if name is None:
+                raise _no_column(f"{url}, {where}", names, sorted(row))
+            if not _is_usable(row[name]):
+                raise Fatal(f"{url}, {where}: `{name}` must be the path or URL of a recording")
+            uri = row.pop(name)
+            yield {"uri": uri, **row}
+
+
+def _no_column(where: str, names: Sequence[str], found: Sequence[str]) -> Fatal:
+    wanted = " or ".join(f"`{name}`" for name in names)
+    return Fatal(f"{where}: no column {wanted} (found: {', '.join(found) or 'none'}); add it")
+
+
+def _check_header(url: str, names: Sequence[str], header: Sequence[str]) -> None:
+    if not any(name in header for name in names):
+        raise _no_column(url, names, header)
+    twice = sorted(name for name, n in Counter(header).items() if n > 1)
+    if twice:
+        raise Fatal(f"{url}: column `{twice[0]}` is there twice; rename one of the two")
 
 
 def _is_usable(uri: object) -> bool:
-    if not isinstance(uri, str) or not uri.strip() or "\0" in uri:
+    return isinstance(uri, str) and bool(uri.strip()) and "\0" not in uri and is_text(uri)
+
+
+def is_text(value: object) -> bool:
+    """Whether `value` is a string that UTF-8 can say."""
+    if not isinstance(value, str):
         return False
-    return _is_text(uri)
-
-
-def _is_text(text: str) -> bool:
     try:
-        text.encode()
+        value.encode()
     except UnicodeEncodeError:  # half of a surrogate pair, from a JSON escape
         return False
     return True
 
 
-def _csv_rows(url: str, file: io.BufferedReader) -> Iterator[tuple[str, dict[str, Any]]]:
+def _csv_rows(
+    url: str, file: io.BufferedReader, names: Sequence[str]
+) -> Iterator[tuple[str, dict[str, Any]]]:
     text = io.TextIOWrapper(file, encoding="utf-8-sig", newline="")
     reader = csv.reader(text, strict=True)
     try:
         header = next(reader, [])
-        if "uri" not in header or len(set(header)) < len(header):
-            found = ", ".join(header) or "none"
-            raise Fatal(f"{url}: needs one column `uri` and no name twice (found: {found})")
+        _check_header(url, names, header)
         for fields in reader:
             where = f"line {reader.line_num}"
             if fields and len(fields) != len(header):
@@ -238,7 +263,9 @@ def _csv_rows(url: str, file: io.BufferedReader) -> Iterator[tuple[str, dict[str
         raise Fatal(f"{url}, line {reader.line_num}: not CSV in UTF-8 ({error})") from error
 
 
-def _jsonl_rows(url: str, file: io.BufferedReader) -> Iterator[tuple[str, dict[str, Any]]]:
+def _jsonl_rows(
+    url: str, file: io.BufferedReader, names: Sequence[str]
+) -> Iterator[tuple[str, dict[str, Any]]]:
     for number, line in enumerate(file, start=1):
         where = f"line {number}"
         if not line.strip():
@@ -252,13 +279,12 @@ def _jsonl_rows(url: str, file: io.BufferedReader) -> Iterator[tuple[str, dict[s
         yield where, row
 
 
-def _parquet_rows(url: str, file: io.BufferedReader) -> Iterator[tuple[str, dict[str, Any]]]:
+def _parquet_rows(
+    url: str, file: io.BufferedReader, names: Sequence[str]
+) -> Iterator[tuple[str, dict[str, Any]]]:
     try:
         parquet = pq.ParquetFile(file)
-        columns = parquet.schema_arrow.names
-        if "uri" not in columns or len(set(columns)) < len(columns):
-            found = ", ".join(columns) or "none"
-            raise Fatal(f"{url}: needs one column `uri` and no name twice (found: {found})")
+        _check_header(url, names, parquet.schema_arrow.names)
         number = 0
         for batch in parquet.iter_batches(batch_size=4096, use_threads=False):
             for row in batch.to_pylist():
@@ -271,8 +297,8 @@ def _parquet_rows(url: str, file: io.BufferedReader) -> Iterator[tuple[str, dict
         raise Fatal(f"{url}: not a Parquet file that can be read") from error
 
 
-def _resolved(uri: str, folder: str) -> str:
-    """The absolute uri of a manifest entry; relative ones are below the manifest's folder."""
+def resolved(uri: str, folder: str) -> str:
+    """The absolute uri of a manifest's entry; a relative one is below the manifest's `folder`."""
     if storage.is_remote(uri) or uri.startswith(("/", "file://")):
         return storage.absolute(uri)
     if not storage.is_remote(folder):
@@ -284,7 +310,7 @@ def _resolved(uri: str, folder: str) -> str:
 def _json(columns: dict[str, Any]) -> str:
     plain = _plain(columns)
     text = json.dumps(plain, sort_keys=True, ensure_ascii=False, allow_nan=False)
-    return text if _is_text(text) else json.dumps(plain, sort_keys=True, allow_nan=False)
+    return text if is_text(text) else json.dumps(plain, sort_keys=True, allow_nan=False)
 
 
 def _plain(value: Any) -> Any:

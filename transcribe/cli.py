@@ -1,13 +1,19 @@
 """The `transcribe` command: flags in, exit code out.
 
 Owns wording of the help and the meaning of exit codes (0 done, 1 done but too many
-recordings failed, 2 could not be done, 130 interrupted). All work is in `run.py`.
+recordings failed, 2 could not be done, 130 interrupted, 143 told to end). All work is in
+`run.py` and `evaluate.py`.
 """
 
 from __future__ import annotations
 
 import os
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.metadata import version
+from types import FrameType
 from typing import Annotated, Any
 
 import typer
@@ -194,12 +200,16 @@ def run(
             max_failed=max_failed,
             wait_for_workers_s=wait_for_workers,
         )
-        result = _run(config, address or os.environ.get("RAY_ADDRESS"), console)
+        with _ending_on_sigterm():
+            result = _run(config, address or os.environ.get("RAY_ADDRESS"), console)
     except TranscribeError as error:
         _complain(error)
         raise typer.Exit(2) from None
+    except _Terminated:
+        _complain(f"Told to end (SIGTERM); {_STAYS}")
+        raise typer.Exit(143) from None
     except KeyboardInterrupt:
-        _complain("Interrupted; what is published stays. Run the same command again to go on.")
+        _complain(f"Interrupted; {_STAYS}")
         raise typer.Exit(130) from None
     raise typer.Exit(_exit_code(result, max_failed, console))
 
@@ -216,6 +226,30 @@ def _run(config: RunConfig, address: str | None, console: Console) -> dict[str, 
     return result
 
 
+_STAYS = "what is published stays. Run the same command again to go on."
+
+
+class _Terminated(KeyboardInterrupt):
+    """SIGTERM: ends a run the way Ctrl-C does, through the same clearing up."""
+
+
+@contextmanager
+def _ending_on_sigterm() -> Iterator[None]:
+    if threading.current_thread() is not threading.main_thread():  # the only one that may
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, _raise_terminated)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _raise_terminated(signum: int, frame: FrameType | None) -> None:
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # a second one would cut the clearing up short
+    raise _Terminated
+
+
 def _exit_code(result: dict[str, Any], max_failed: float, console: Console) -> int:
     counts = result["published"]
     total = sum(counts.values())
@@ -224,13 +258,68 @@ def _exit_code(result: dict[str, Any], max_failed: float, console: Console) -> i
         return 0
     console.print(
         f"{counts['failed']} of {total} recordings in {result['out']} failed ({share:.1%}), more"
-        f" than --max-failed {max_failed:.1%}. The transcripts are kept; see error_message."
+        f" than --max-failed {max_failed:.1%}. The transcripts are kept; see error_message.",
+        highlight=False,
+        markup=False,
+        soft_wrap=True,
     )
     return 1
 
 
 def _complain(message: object) -> None:
-    Console(stderr=True).print(f"Error: {message}", style="red", highlight=False, markup=False)
+    Console(stderr=True).print(
+        f"Error: {message}", style="red", highlight=False, markup=False, soft_wrap=True
+    )
+
+
+@app.command()
+def score(
+    out: Annotated[
+        str, typer.Argument(help="The OUT of a run: a directory or a prefix.", show_default=False)
+    ],
+    reference: Annotated[
+        str,
+        typer.Option(
+            metavar="FILE",
+            help="What was said: CSV, JSONL or Parquet with the columns `uri` (or `path`) and"
+            " `reference` (or `text`), and if you like `language` and `kind`. An empty reference"
+            " means that nobody speaks, null that it is not known.",
+            show_default=False,
+        ),
+    ],
+    worst: Annotated[
+        int, typer.Option(min=0, help="Recordings to show in detail, most errors first.")
+    ] = 10,
+    json_file: Annotated[
+        str | None,
+        typer.Option(
+            "--json", metavar="FILE", help="Write the score of every recording there as JSON."
+        ),
+    ] = None,
+) -> None:
+    """Compare the transcripts in OUT with what was said: word and character error rates.
+
+    Texts are compared without case and punctuation, after Whisper's normaliser. Needs
+    `pip install 'transcribe[score]'`.
+    """
+    console = Console()
+    try:
+        for line in _score(out, reference, worst, json_file):
+            console.print(line, highlight=False, markup=False, emoji=False, soft_wrap=True)
+    except TranscribeError as error:
+        _complain(error)
+        raise typer.Exit(2) from None
+
+
+def _score(out: str, reference: str, worst: int, json_file: str | None) -> Iterator[str]:
+    from transcribe import storage
+    from transcribe.evaluate import evaluate, json_bytes
+    from transcribe.scoreboard import lines
+
+    evaluation = evaluate(out, reference)
+    if json_file is not None:
+        storage.put(storage.absolute(json_file), json_bytes(evaluation))
+    yield from lines(evaluation, worst)
 
 
 def main() -> None:

@@ -11,7 +11,9 @@ import functools
 import logging
 import os
 import pickle
+import signal
 import socket
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -62,7 +64,7 @@ def connect(address: str | None, workers: int | None) -> None:
     if address is None:
         cores = len(os.sched_getaffinity(0))
         cpus = max(cores, workers or 0) + cores + 1
-        with _stderr_silenced():
+        with _stderr_silenced(), _sigterm_kept():
             ray.init(address="local", num_cpus=cpus, include_dashboard=False, **quiet)
         return
     if "://" in address:
@@ -73,7 +75,8 @@ def connect(address: str | None, workers: int | None) -> None:
     try:
         with _stderr_silenced():
             _probe(address)
-            ray.init(address=address, **quiet)
+            with _sigterm_kept():
+                ray.init(address=address, **quiet)
     except ray.exceptions.AuthenticationError:
         raise Fatal(
             f"The Ray cluster at {address!r} asks for its token: set RAY_AUTH_MODE=token, and"
@@ -112,6 +115,24 @@ def _stderr_silenced() -> Iterator[None]:
     finally:
         os.dup2(kept, 2)
         os.close(kept)
+
+
+@contextmanager
+def _sigterm_kept() -> Iterator[None]:
+    """Give SIGTERM back to whom it belonged: `ray.init` takes it, to write a C++ stack and die."""
+    if threading.current_thread() is not threading.main_thread():  # Ray leaves it alone, too
+        yield
+        return
+    before = signal.getsignal(signal.SIGTERM) or signal.SIG_DFL
+    try:
+        yield
+    except SystemExit:  # by Ray's own handler, while it starts
+        signal.signal(signal.SIGTERM, before)
+        signal.raise_signal(signal.SIGTERM)
+        raise
+    finally:
+        if signal.getsignal(signal.SIGTERM) is not signal.SIG_IGN:
+            signal.signal(signal.SIGTERM, before)
 
 
 def disconnect() -> None:

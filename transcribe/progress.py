@@ -10,7 +10,6 @@ from types import TracebackType
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
-from rich.table import Table
 
 from transcribe.report import Totals
 
@@ -62,7 +61,7 @@ class ProgressDisplay:
         self._live.update(self._task, completed=planned_done_seconds, line=line)
         finished = left <= 0
         if not self._console.is_terminal and (finished or now - self._last_line >= _LOG_EVERY_S):
-            self._console.print(line, highlight=False)
+            self._console.print(line, highlight=False, soft_wrap=True)
             self._last_line = now
 
 
@@ -92,10 +91,10 @@ def clock(seconds: float) -> str:
 
 def print_summary(console: Console, result: dict[str, object]) -> None:
     """The run's result in a few lines (`result`: content of report.json)."""
-    table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
-    for label, text in _summary_lines(result):
-        table.add_row(label, text)
-    console.print(table, highlight=False)
+    lines = _summary_lines(result)
+    width = max(len(label) for label, _ in lines) + 2
+    for label, text in lines:
+        console.print(f"{label:{width}}{text}", highlight=False, markup=False, soft_wrap=True)
 
 
 def _summary_lines(result: dict[str, object]) -> list[tuple[str, str]]:

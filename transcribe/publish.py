@@ -87,6 +87,33 @@ def read_published(out: str) -> Published:
     return Published(table.sort_by("transcribed_at"))
 
 
+def read_rows(published: Published, uris: set[str], columns: Sequence[str]) -> list[Row]:
+    """The newest row of each of `uris`, in the order of their uris; other files stay unread.
+
+    Args:
+        published: the index of what is there, from `read_published`.
+        uris: which recordings; one without a row is passed over.
+        columns: wanted besides `uri`.
+
+    Raises:
+        Fatal: a transcript file cannot be read.
+    """
+    index = published.table
+    newest = {
+        uri: (recording_id, url)
+        for uri, recording_id, url in zip(
+            *(index[name].to_pylist() for name in ("uri", "recording_id", "file")), strict=True
+        )
+        if uri in uris
+    }
+    found: dict[str, Row] = {}
+    for file in sorted({url for _, url in newest.values()}):
+        for row in _read(file, ["uri", "recording_id", *columns]).to_pylist():
+            if newest.get(row["uri"]) == (row["recording_id"], file):
+                found[row["uri"]] = row
+    return [found[uri] for uri in sorted(found)]
+
+
 def _transcript_files(out: str) -> list[str]:
     folder = transcripts_url(out)
     if not storage.exists(folder):
@@ -106,7 +133,7 @@ def _read(url: str, columns: list[str] | None = None) -> pa.Table:
         # pyarrow says most damage as an OSError without a number; one with a number is the disk's.
         if isinstance(error, OSError) and error.errno is not None:
             raise Fatal(f"{url} cannot be read ({error.strerror}); try again later.") from None
-        raise _not_ours(url, str(error).partition("\n")[0]) from None
+        raise _not_ours(url, _damage(error)) from None
     for name in columns or schema.TRANSCRIPT.names:
         # pyarrow passes over a wanted column that is not there.
         if name not in table.column_names:
@@ -114,6 +141,14 @@ def _read(url: str, columns: list[str] | None = None) -> pa.Table:
         if table.schema.field(name).type != schema.TRANSCRIPT.field(name).type:
             raise _not_ours(url, f"its column {name} has another type")
     return table
+
+
+def _damage(error: Exception) -> str:
+    """What pyarrow found wrong, without its name for a file that it was handed open."""
+    return str(error).partition("\n")[0].removeprefix(_OPENING_FAILED)
+
+
+_OPENING_FAILED = "Could not open Parquet input source '<Buffer>': "
 
 
 def _not_ours(url: str, reason: str) -> Fatal:
@@ -180,10 +215,10 @@ def check_settings(out: str, settings: dict[str, Any]) -> bool:
         return False
     try:
         before = json.loads(storage.read(url))
-    except ValueError:
-        before = None
+    except (ValueError, RecursionError):
+        raise Fatal(f"{url} is damaged (not JSON); restore it or choose another OUT.") from None
     if not isinstance(before, dict):
-        raise Fatal(f"{url} is damaged (not JSON); restore it or choose another OUT.")
+        raise Fatal(f"{url} is damaged (not a JSON object); restore it or choose another OUT.")
     differing = sorted(k for k in {*settings, *before} if settings.get(k) != before.get(k))
     if differing:
         changes = "; ".join(

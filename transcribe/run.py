@@ -15,10 +15,10 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
+from functools import partial
 from typing import Any
 
 from rich.console import Console
-from rich.logging import RichHandler
 
 from transcribe import distributed, models, publish, schema, storage
 from transcribe.archive import Recording, estimate_durations, list_archive
@@ -127,10 +127,27 @@ def transcribe(config: RunConfig, address: str | None, console: Console) -> dict
         config, archive=storage.absolute(config.archive), out=storage.absolute(config.out)
     )
     with _logging_to(console) as log:
-        plan = prepare(config, console.print)
+        plan = prepare(config, _saying(console))
         if not plan.shards:
             return _finish(plan, distributed.Placement("cpu", 0), [], _Clock())
         return execute(plan, address, console, log)
+
+
+def _saying(console: Console) -> Callable[[str], None]:
+    """Print sentences as they are: nothing in them is markup, and no line of a log is broken."""
+    return partial(console.print, highlight=False, markup=False, soft_wrap=True)
+
+
+class _Shown(logging.Handler):
+    """Warnings for the user, above the progress bar if there is one."""
+
+    def __init__(self, say: Callable[[str], None]) -> None:
+        super().__init__(logging.WARNING)
+        self._say = say
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Say one."""
+        self._say(f"{record.levelname.capitalize()}: {record.getMessage()}")
 
 
 @contextmanager
@@ -139,7 +156,7 @@ def _logging_to(console: Console) -> Iterator[io.StringIO]:
     lines = io.StringIO()
     kept = logging.StreamHandler(lines)
     kept.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
-    shown = RichHandler(logging.WARNING, console, show_time=False, show_path=False)
+    shown = _Shown(_saying(console))
     logger = logging.getLogger("transcribe")
     before = logger.level, logger.propagate
     logger.setLevel(logging.INFO)
@@ -180,11 +197,11 @@ def execute(plan: Plan, address: str | None, console: Console, log: io.StringIO)
     """
     clock = _Clock()
     config = plan.config
+    say = _saying(console)
+    say(f"Joining Ray at {address} ..." if address else "Starting Ray on this machine ...")
     distributed.connect(address, config.workers)
     try:
-        placement = distributed.place(
-            config.device, config.workers, config.wait_for_workers_s, console.print
-        )
+        placement = distributed.place(config.device, config.workers, config.wait_for_workers_s, say)
         publish.claim_settings(config.out, plan.settings)
         _write(plan, "config.json", {**config.as_dict(), "fingerprint": plan.config_fingerprint})
         with _log_stored(plan, log):

@@ -189,7 +189,11 @@ def _info(uri: str) -> ObjectInfo | None:
 
 
 def _list_local(path: str) -> Iterator[ObjectInfo]:
-    if Path(path).is_dir():
+    try:
+        is_folder = Path(path).is_dir()
+    except OSError as error:  # a folder on the way may not be entered
+        raise Fatal(f"cannot list {path}: {error.strerror}; check its permissions") from error
+    if is_folder:
         yield from _walk(path)
     elif os.path.lexists(path):
         yield _local_info(path)
@@ -704,6 +708,8 @@ def _translated_local(error: OSError, action: Action, uri: str) -> TranscribeErr
 
 
 def _remedy(error: OSError) -> str:
+    if error.errno == errno.ENOENT:
+        return "check the name or choose another folder"
     if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
         return "free some space or choose another folder"
     if error.errno in (errno.ENOTDIR, errno.EEXIST, errno.EISDIR):

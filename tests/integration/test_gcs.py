@@ -12,8 +12,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from transcribe import archive, storage
+from transcribe import archive, publish, storage
 from transcribe.errors import BadAudio, Fatal, Transient
+from transcribe.evaluate import evaluate, json_bytes
 
 ODD_NAMES = [
     "with space.wav",
@@ -222,3 +223,14 @@ def test_a_store_that_is_away_is_transient(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(storage, "FIRST_WAIT_S", 0.001)
     with pytest.raises(Transient, match=r"gs://archive/a\.wav"):
         storage.read("gs://archive/a.wav")
+
+
+def test_a_score_from_bucket_to_bucket(gcs_bucket: str) -> None:
+    out, file = storage.join(gcs_bucket, "out"), storage.join(gcs_bucket, "said", "sample.csv")
+    row = {"recording_id": "1", "uri": storage.join(gcs_bucket, "calls/a.wav"), "status": "ok"}
+    row |= {"language": "en", "duration": 2.0, "text": "hello old world"}
+    publish.publish_shard(out, "abc", [row])
+    storage.put(file, b"path,reference\n../calls/a.wav,Hello world!\n")
+    storage.put(storage.join(out, "score.json"), json_bytes(evaluate(out, file)))
+    written = json.loads(storage.read(storage.join(out, "score.json")))
+    assert (written["matched_by_ending"], written["total"]["wer"]) == (0, 1 / 2)

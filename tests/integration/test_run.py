@@ -44,8 +44,9 @@ def refused(result, out):
     assert "Error" not in result.stdout
     assert "ERROR" not in result.stdout  # said once, not logged to the user as well
     assert "Traceback" not in result.output
+    assert result.stderr.count("\n") == 1  # not broken into lines of 80
     assert not out.is_dir() or files_of(out) == {}
-    return " ".join(result.stderr.split())
+    return result.stderr
 
 
 @pytest.fixture
@@ -104,7 +105,10 @@ def test_from_first_run_to_a_changed_archive(tmp_path, write_archive, write_call
     first = transcribe(archive, out)
     assert first.exit_code == 1, first.output  # 1 of 5 failed, above the 5 % allowed
     assert "1 of 5" in first.stdout
-    assert "--max-failed 5.0%" in " ".join(first.stdout.split())
+    last = first.stdout.splitlines()[-1]
+    assert "--max-failed 5.0%" in last and last.endswith("see error_message.")
+    assert f"output          {out}/transcripts/*.parquet" in first.stdout.splitlines()
+    assert "Starting Ray on this machine ..." in first.stdout.splitlines()
     assert first.stderr == ""
     before = rows_of(out)
     assert [row["uri"] for row in before] == [str(p) for p in sorted(archive.iterdir())]
@@ -125,7 +129,7 @@ def test_from_first_run_to_a_changed_archive(tmp_path, write_archive, write_call
 
     other = transcribe(archive, out, "--language", "de")
     assert other.exit_code == 2
-    assert "other settings (language: None there, 'de' now)" in " ".join(other.stderr.split())
+    assert "other settings (language: None there, 'de' now)" in other.stderr
     assert files_of(out) == files
 
     write_call(archive / "call-01.wav", 7)  # changed
@@ -146,6 +150,17 @@ def no_stray_files(out):
     """Only whole Parquet files under their own names: no leftovers of writing."""
     found = list((out / "transcripts").iterdir())
     return bool(found) and all(len(p.stem) == 16 and p.suffix == ".parquet" for p in found)
+
+
+def test_warnings_and_paths_are_said_as_they_are(tmp_path, shared_ray):
+    archive, out = tmp_path / "calls [bold] of an archive with a rather long name", tmp_path / "out"
+    archive.mkdir()
+    (archive / "broken.wav").write_bytes(b"this is no audio at all")
+    (archive / "notes.txt").write_text("left out")
+    result = transcribe(archive, out, "--max-failed", "1")
+    assert result.exit_code == 0, result.output
+    said = f"Warning: left out 1 files in {archive} that are no recordings: .txt 1"
+    assert said in result.stdout.splitlines()
 
 
 # ---------------------------------------------------------------- crashes
@@ -186,3 +201,24 @@ def test_a_run_that_is_killed_is_finished_by_the_same_command(tmp_path, write_ar
     assert [row["uri"] for row in rows] == [str(p) for p in sorted(archive.iterdir())]
     assert len({row["run_id"] for row in rows}) == 2
     assert no_stray_files(out)
+
+
+@pytest.mark.parametrize("first_rows", [True, False], ids=["at work", "starting"])
+def test_sigterm_ends_a_run_with_one_sentence(tmp_path, write_archive, first_rows):
+    archive, out = write_archive(tmp_path / "calls", 20), tmp_path / "out"
+    command = [sys.executable, "-m", "jobs.transcribe", str(archive), str(out), "--model", "fake"]
+    command += ["--shard-minutes", "0.05"]
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as victim:
+        assert victim.stdout is not None
+        assert victim.stdout.readline() == "Starting Ray on this machine ...\n"
+        while first_rows and victim.poll() is None and not list(out.glob("transcripts/*.parquet")):
+            time.sleep(0.02)
+        victim.terminate()
+        stdout, stderr = victim.communicate(timeout=60)
+    assert victim.returncode == 143, stderr
+    assert stderr.startswith("Error: Told to end (SIGTERM); what is published stays.")
+    assert stderr.count("\n") == 1
+    assert "Traceback" not in stdout
+    assert not first_rows or rows_of(out)

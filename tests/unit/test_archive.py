@@ -156,7 +156,8 @@ def test_missing_and_repeated_entries(tmp_path: Path, caplog: pytest.LogCaptureF
     [
         ("m.csv", b"path,team\na.wav,x\n", r"`uri`.*found: path, team"),
         ("m.csv", b"", r"found: none"),
-        ("m.csv", b"uri,uri\na,b\n", "no name twice"),
+        ("m.csv", b"uri,uri\na,b\n", "column `uri` is there twice"),
+        ("m.csv", b"path,path\na,b\n", r"no column `uri` \(found: path, path\); add it$"),
         ("m.csv", b"uri\n", "lists no recordings"),
         ("m.csv", b"uri,x\na.wav\n", "line 2: 1 fields for 2 columns"),
         ("m.csv", b"uri,x\na.wav,\xff\xfe\n", "not CSV in UTF-8"),

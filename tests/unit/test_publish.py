@@ -295,3 +295,33 @@ def test_damaged_settings_are_refused_by_name_and_kept(out: str, content: bytes)
     with pytest.raises(Fatal, match=r"settings\.json is damaged"):
         publish.claim_settings(out, SETTINGS)
     assert files(out) == {"settings.json": content}
+
+
+def test_damaged_settings_are_told_from_other_json(out: str) -> None:
+    for content, said in ((b"{", "not JSON"), (b"[]", "not a JSON object")):
+        storage.put(f"{out}/settings.json", content)
+        with pytest.raises(Fatal, match=rf"damaged \({said}\)"):
+            publish.claim_settings(out, {"model": "base"})
+
+
+def test_the_sentence_on_a_damaged_file_names_the_file_and_nothing_of_pyarrow(out: str) -> None:
+    url = publish.publish_shard(out, "abc", [row("/a")])
+    whole = storage.read(url)
+    for content in (b"", b"no", b"junk" * 100, whole[:-9]):
+        storage.put(url, content)
+        with pytest.raises(Fatal, match=r"not a transcript file .*\(Parquet .*; move") as caught:
+            publish.read_published(out)
+        assert url in str(caught.value)
+        assert "Buffer" not in str(caught.value)
+
+
+def test_rows_are_read_where_wanted_only(out: str) -> None:
+    publish.publish_shard(out, "one", [row("/a", 1), row("/b", 1)])
+    publish.publish_shard(out, "two", [row("/a", 2)])
+    published = publish.read_published(out)
+    storage.put(publish.publish_shard(out, "three", [row("/c")]), b"damaged since")
+    found = publish.read_rows(published, {"/a", "/b", "/none"}, ["text"])
+    assert [(r["uri"], r["text"]) for r in found] == [
+        ("/a", "text of /a 2"),
+        ("/b", "text of /b 1"),
+    ]

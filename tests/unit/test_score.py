@@ -10,10 +10,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from transcribe.errors import Fatal
-from transcribe.score import score_by_kind, score_texts
+from transcribe.score import compare, pooled, score_texts
 
-pytest.importorskip("jiwer", reason="needs the demo extra")
-pytest.importorskip("whisper_normalizer", reason="needs the demo extra")
+pytest.importorskip("jiwer", reason="needs the score extra")
+pytest.importorskip("whisper_normalizer", reason="needs the score extra")
 
 WORDS = st.lists(st.sampled_from(["alpha", "beta", "gamma", "delta"]), max_size=8).map(" ".join)
 PAIRS = st.lists(st.tuples(WORDS, WORDS), min_size=1, max_size=6)
@@ -79,17 +79,29 @@ def test_error_counts_account_for_every_word(pairs):
     assert score_texts(references, references, ["de"] * len(pairs)).errors == 0
 
 
-@given(PAIRS, st.data())
-def test_kinds_add_up_to_the_whole(pairs, data):
+@given(PAIRS, st.integers(0, 6))
+def test_parts_add_up_to_the_whole(pairs, cut):
+    scores = [compare(reference, hypothesis, "de").score for reference, hypothesis in pairs]
     references, hypotheses = zip(*pairs, strict=True)
-    languages = ["de"] * len(pairs)
-    kinds = [data.draw(st.sampled_from(["call", "noise"])) for _ in pairs]
-    whole = score_texts(references, hypotheses, languages)
-    parts = score_by_kind(references, hypotheses, languages, kinds)
-    assert list(parts) == list(dict.fromkeys(kinds))
-    assert sum(part.errors for part in parts.values()) == whole.errors
-    assert sum(part.words for part in parts.values()) == whole.words
-    assert sum(part.n_recordings for part in parts.values()) == whole.n_recordings
+    whole = score_texts(references, hypotheses, ["de"] * len(pairs))
+    assert pooled([pooled(scores[:cut]), pooled(scores[cut:])]) == whole
+    assert whole.n_recordings == len(pairs)
+
+
+@given(PAIRS)
+def test_the_pieces_make_up_both_texts(pairs):
+    for reference, hypothesis in pairs:
+        pieces = compare(reference, hypothesis, "de").pieces
+        assert [word for piece in pieces for word in piece.reference] == reference.split()
+        assert [word for piece in pieces for word in piece.hypothesis] == hypothesis.split()
+        for piece in pieces:
+            assert (piece.reference == piece.hypothesis) == (piece.kind == "equal")
+
+
+def test_characters_count_with_the_spaces_between_words():
+    score = score_texts(["ab cd"], ["abcd e"], ["de"])
+    assert (score.characters, score.character_errors, score.cer) == (5, 3, 3 / 5)
+    assert score_texts(["今天"], ["今"], ["zh"]).cer == 1 / 2
 
 
 def test_sequences_of_different_length_are_refused():
@@ -99,5 +111,5 @@ def test_sequences_of_different_length_are_refused():
 
 def test_a_missing_extra_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "jiwer", None)
-    with pytest.raises(Fatal, match=r"transcribe\[demo\]"):
+    with pytest.raises(Fatal, match=r"transcribe\[score\]"):
         score_texts(["alpha"], ["alpha"], ["en"])

@@ -214,6 +214,24 @@ def test_check_writable(tmp_path: Path) -> None:
             storage.check_writable(url)
 
 
+@pytest.mark.skipif(not Path("/proc/self").exists(), reason="needs a place without new files")
+def test_a_place_where_nothing_can_be_made_is_not_about_permissions() -> None:
+    with pytest.raises(Fatal, match=r"cannot write to /proc/none: .*check the name") as caught:
+        storage.check_writable("/proc/none")
+    assert "permission" not in str(caught.value)
+
+
+def test_a_folder_that_may_not_be_entered_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def forbidden(self: Path) -> bool:
+        raise PermissionError(13, "Permission denied", str(self))
+
+    monkeypatch.setattr(Path, "is_dir", forbidden)
+    with pytest.raises(Fatal, match=r"cannot list .*/calls: Permission denied; check its perm"):
+        _uris(f"{tmp_path}/calls")
+
+
 def test_unknown_and_uninstalled_kinds_of_address_are_named() -> None:
     with pytest.raises(Fatal, match="nosuch://"):
         _uris("nosuch://a/b")
