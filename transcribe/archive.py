@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import csv
 import dataclasses
+import functools
 import hashlib
 import io
 import json
@@ -36,6 +37,7 @@ import pyarrow.parquet as pq
 
 from transcribe import storage
 from transcribe.errors import BadAudio, Fatal, Transient
+from transcribe.headerless import Headerless
 
 log = logging.getLogger(__name__)
 
@@ -369,7 +371,9 @@ def _look_up_in(folder: str, names: list[str]) -> dict[str, storage.ObjectInfo]:
 # ---------------------------------------------------------------- durations
 
 
-def estimate_durations(recordings: Iterable[Recording]) -> list[Recording]:
+def estimate_durations(
+    recordings: Iterable[Recording], headerless: Headerless | None = None
+) -> list[Recording]:
     """Give every recording a duration in seconds, in the order given; for planning only.
 
     Local recordings are probed one by one (64 KiB each). Of remote ones, up to
@@ -379,7 +383,8 @@ def estimate_durations(recordings: Iterable[Recording]) -> list[Recording]:
     result. An object that cannot be read is no error here: it ends as a failed row later.
     """
     recordings = list(recordings)
-    probed = _in_threads(_probe, _to_probe(recordings), n_threads=8)
+    probe = functools.partial(_probe, headerless=headerless)
+    probed = _in_threads(probe, _to_probe(recordings), n_threads=8)
     seconds_of = {r.recording_id: seconds for r, seconds in probed if seconds is not None}
     rates: dict[str, list[float]] = defaultdict(list)
     for recording, seconds in probed:
@@ -417,7 +422,7 @@ def _to_probe(recordings: Iterable[Recording]) -> list[Recording]:
     return chosen
 
 
-def _probe(recording: Recording) -> tuple[Recording, float | None]:
+def _probe(recording: Recording, headerless: Headerless | None) -> tuple[Recording, float | None]:
     # Here, not at the head: listing alone is spared the seconds that torch takes to load.
     from transcribe import decode
 
@@ -425,7 +430,7 @@ def _probe(recording: Recording) -> tuple[Recording, float | None]:
         head = storage.read_range(recording.uri, 0, decode.HEAD_BYTES)
     except (BadAudio, Transient):
         return recording, None
-    seconds = decode.probe_seconds(head, recording.size_bytes, recording.uri)
+    seconds = decode.probe_seconds(head, recording.size_bytes, recording.uri, headerless)
     usable = seconds is not None and math.isfinite(seconds) and seconds > 0
     return recording, seconds if usable else None
 

@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, Literal, get_args
 
 from transcribe.errors import Fatal
+from transcribe.headerless import Headerless, parse_headerless
 from transcribe.languages import LANGUAGES
 
 ChannelMode = Literal["auto", "split", "mix"]
@@ -96,8 +97,15 @@ class RunConfig:
             raise Fatal(f"--max-failed is a share from 0 to 1, not {self.max_failed}.")
         if not self.wait_for_workers_s >= 0:
             raise Fatal(f"--wait-for-workers must be 0 or more, not {self.wait_for_workers_s}.")
+        if self.headerless is not None:
+            parse_headerless(self.headerless)
         if any(not name.strip() for name in self.speakers):
             raise Fatal("--speakers has an empty name; write it like --speakers agent,customer.")
+
+    @property
+    def headerless_format(self) -> Headerless | None:
+        """`headerless`, read."""
+        return parse_headerless(self.headerless) if self.headerless is not None else None
 
     def as_dict(self) -> dict[str, Any]:
         """All settings as plain JSON values."""

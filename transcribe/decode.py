@@ -7,7 +7,7 @@ the rest, and MP3, because libsndfile's MP3 decoder writes to stderr when a file
 
 Must not know: storage, speech detection, engines, Ray. Content decides the format; the name is
 looked at only for headerless telephone audio (`.gsm`, `.ulaw`, `.g722` ...), which nothing else
-can tell.
+can tell; what `.raw` and `.pcm` hold not even that tells, but `--headerless`.
 
 Sound is decoded, resampled and rounded in blocks, so memory stays near the size of the result,
 and what is allocated follows from samples that were really decoded, never from a header.
@@ -37,6 +37,7 @@ from av.container import InputContainer
 from torchaudio.transforms import Resample
 
 from transcribe.errors import BadAudio
+from transcribe.headerless import EXTENSIONS, Headerless
 
 SAMPLE_RATE = 16_000
 HEAD_BYTES = 65_536
@@ -100,12 +101,13 @@ _FOREIGN = (
 )
 
 
-def decode(data: bytes, name: str) -> Audio:
+def decode(data: bytes, name: str, headerless: Headerless | None = None) -> Audio:
     """Decode one audio object; a video gives its first audio stream.
 
     Args:
         data: the whole object.
         name: its path or uri; only the extension is used, and only for headerless formats.
+        headerless: what files hold that have no header and an extension such as `.raw`.
 
     Raises:
         BadAudio: kind is one of
@@ -128,7 +130,7 @@ def decode(data: bytes, name: str) -> Audio:
         if first is not None and not first.damaged:
             return _finish(first, data)
     try:
-        second = _read(_open_av(data, _headerless_format(data, name)))
+        second = _read(_open_av(data, _headerless_format(data, name, headerless)))
     except BadAudio:
         if first is None or not first.n_samples:
             raise
@@ -138,19 +140,22 @@ def decode(data: bytes, name: str) -> Audio:
     return _finish(best, data)
 
 
-def probe_seconds(head: bytes, size_bytes: int, name: str) -> float | None:
+def probe_seconds(
+    head: bytes, size_bytes: int, name: str, headerless: Headerless | None = None
+) -> float | None:
     """Duration in seconds told from the first bytes of a file, or None; never raises.
 
     Args:
         head: the first `HEAD_BYTES` of the file, or fewer.
         size_bytes: size of the whole file.
         name: its path or uri, for headerless formats.
+        headerless: as for `decode`.
 
     Exact for WAV, FLAC, AIFF, M4A with its index in front, MP3 with a Xing header; estimated
     from the bit rate for the rest.
     """
     try:
-        seconds = _probe(head, size_bytes, name)
+        seconds = _probe(head, size_bytes, name, headerless)
     except (*_FOREIGN, BadAudio, struct.error):
         return None
     # A header that tells more than a second a byte is lying.
@@ -533,7 +538,7 @@ def _soundfile_claim(data: bytes, file: sf.SoundFile, wav: _WavHeader | None) ->
 _AV_FORMATS = (
     "wav,w64,aiff,au,caf,flac,ogg,mp3,aac,ac3,eac3,dts,mov,matroska,webm,amr,amrnb,amrwb,asf,"
     "xwma,flv,avi,mpegts,mpeg,nistsphere,voc,wv,ape,tta,tak,qcp,rm,dss,loas,latm,nut,mpc,mpc8,"
-    "truehd,shn,wtv,mxf,gsm,g722,g729,mulaw,alaw,s16le"
+    "truehd,shn,wtv,mxf,gsm,g722,g729,mulaw,alaw,u8,s8,s16le,s16be,s24le,s32le,f32le"
 )
 _CONTAINER_OF_AV = {
     "mov,mp4,m4a,3gp,3g2,mj2": "mp4",
@@ -567,10 +572,28 @@ _KNOWN_MAGIC = re.compile(
 )
 
 
-def _headerless_format(data: bytes, name: str) -> tuple[str, dict[str, str], float] | None:
-    """How to read data as the headerless format its name tells, unless the bytes say no."""
-    found = _HEADERLESS.get(PurePosixPath(name).suffix.lower())
-    if found is None or _KNOWN_MAGIC.match(data) or _other_kind(data):
+def _headerless_format(
+    data: bytes, name: str, told: Headerless | None
+) -> tuple[str, dict[str, str], float] | None:
+    """How to read data as the headerless format its name tells, unless the bytes say no.
+
+    Raises:
+        BadAudio: nobody can tell what such a file holds but the user.
+    """
+    extension = PurePosixPath(name).suffix.lower()
+    found = _HEADERLESS.get(extension)
+    if told is not None and extension in EXTENSIONS:
+        shape = {"sample_rate": str(told.sample_rate), "ch_layout": f"{told.channels}C"}
+        found = (told.encoding, shape, told.bytes_per_second)
+    if _KNOWN_MAGIC.match(data) or _other_kind(data):
+        return None
+    if found is None and extension in EXTENSIONS:
+        raise BadAudio(
+            "not_audio",
+            f"A {extension} file has no header; say what it holds, such as --headerless"
+            " mulaw:8000:1 (encoding, sample rate, channels).",
+        )
+    if found is None:
         return None
     is_gsm = all(byte >> 4 == 0xD for byte in data[:3300:33])  # every GSM 06.10 frame starts so
     return None if found[0] == "gsm" and not is_gsm else found
@@ -873,8 +896,8 @@ class _Head(io.RawIOBase):
         return part
 
 
-def _probe(head: bytes, size_bytes: int, name: str) -> float | None:
-    raw = _headerless_format(head, name)
+def _probe(head: bytes, size_bytes: int, name: str, headerless: Headerless | None) -> float | None:
+    raw = _headerless_format(head, name, headerless)
     if raw is not None:
         return size_bytes / raw[2]
     wav = _wav_header(head)

@@ -158,7 +158,7 @@ def decode_shard(shard: Shard, config: RunConfig) -> DecodedShard:
         started = time.perf_counter()
         data = _wait(fetched)
         seconds.read += time.perf_counter() - started
-        decoded.append(_decode_recording(recording, data, config.channels, seconds))
+        decoded.append(_decode_recording(recording, data, config, seconds))
     return DecodedShard(shard.shard_id, tuple(decoded), seconds, peak_bytes(), started_at)
 
 
@@ -183,13 +183,13 @@ def _wait(fetched: Future[bytes]) -> bytes | BadAudio:
 
 
 def _decode_recording(
-    recording: Recording, data: bytes | BadAudio, mode: ChannelMode, seconds: StageSeconds
+    recording: Recording, data: bytes | BadAudio, config: RunConfig, seconds: StageSeconds
 ) -> DecodedRecording:
     """One recording's windows. Whatever goes wrong in it stays its own matter: a failed row."""
     started = time.perf_counter()
     detecting_before = seconds.speech_detection
     try:
-        decoded = _windows_of(recording, data, mode, seconds)
+        decoded = _windows_of(recording, data, config, seconds)
     except BadAudio as problem:
         decoded = DecodedRecording(recording, problem=problem)
     except Exception as error:  # a defect here must not cost the shard-mates their rows
@@ -202,13 +202,13 @@ def _decode_recording(
 
 
 def _windows_of(
-    recording: Recording, data: bytes | BadAudio, mode: ChannelMode, seconds: StageSeconds
+    recording: Recording, data: bytes | BadAudio, config: RunConfig, seconds: StageSeconds
 ) -> DecodedRecording:
     if isinstance(data, BadAudio):
         raise data
-    audio = decode.decode(data, recording.uri)
+    audio = decode.decode(data, recording.uri, config.headerless_format)
     started = time.perf_counter()
-    windows, samples, covered = _find_speech(audio.samples, mode)
+    windows, samples, covered = _find_speech(audio.samples, config.channels)
     seconds.speech_detection += time.perf_counter() - started
     facts = rows.AudioFacts(
         audio.container, audio.codec, audio.sample_rate, len(audio.samples), audio.duration_s

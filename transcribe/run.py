@@ -83,7 +83,9 @@ def prepare(config: RunConfig, say: Callable[[str], None]) -> Plan:
     done = len(recordings) - len(remaining)
     if done:
         say(f"{done:,} of {len(recordings):,} recordings already transcribed.")
-    shards = plan_shards(estimate_durations(remaining), config.shard_minutes)
+    shards = plan_shards(
+        estimate_durations(remaining, config.headerless_format), config.shard_minutes
+    )
     return Plan(
         config=config,
         run_id=new_run_id(),
