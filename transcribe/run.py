@@ -53,11 +53,6 @@ class Plan:
         """Fingerprint of the settings that change results."""
         return fingerprint(self.settings)
 
-    @property
-    def duration_s(self) -> float:
-        """Planned audio seconds."""
-        return sum(shard.duration_s for shard in self.shards)
-
 
 def new_run_id() -> str:
     """Sortable by time, unique without asking anybody."""
