@@ -86,7 +86,7 @@ class Recording:
         uri: absolute local path or full URL.
         generation: `storage.ObjectInfo.version`; "missing" if there is no object.
         size_bytes: length of the object.
-        content_md5: hex digest when the store gives one.
+        content_md5: hex digest when the store gives one, or once the bytes were read.
         metadata: the other columns of the manifest as a JSON object; None without a manifest.
         duration_s: estimated seconds, for planning only, never published.
     """
@@ -348,7 +348,7 @@ def _look_up(uris: Sequence[str]) -> list[storage.ObjectInfo]:
             singly += [name for name in names if name not in found]
         else:
             singly += names
-    for info in _in_threads(storage.info, singly, n_threads=32):
+    for info in in_threads(storage.info, singly, n_threads=32):
         if info is not None:
             found[info.uri] = info
     return [found.get(uri) or storage.ObjectInfo(uri, 0, storage.MISSING, None) for uri in uris]
@@ -384,7 +384,7 @@ def estimate_durations(
     """
     recordings = list(recordings)
     probe = functools.partial(_probe, headerless=headerless)
-    probed = _in_threads(probe, _to_probe(recordings), n_threads=8)
+    probed = in_threads(probe, _to_probe(recordings), n_threads=8)
     seconds_of = {r.recording_id: seconds for r, seconds in probed if seconds is not None}
     rates: dict[str, list[float]] = defaultdict(list)
     for recording, seconds in probed:
@@ -445,8 +445,8 @@ def _typical_rate(extension: str) -> float:
     return TYPICAL_BYTES_PER_SECOND.get(extension, OTHERWISE_BYTES_PER_SECOND)
 
 
-def _in_threads(function: Callable[[A], B], items: Sequence[A], n_threads: int) -> list[B]:
-    """Map in threads, in slices: a million futures would outweigh what they compute."""
+def in_threads(function: Callable[[A], B], items: Sequence[A], n_threads: int) -> list[B]:
+    """Map in threads, in order, in slices: a million futures would outweigh what they compute."""
     size = max(1, min(256, len(items) // (4 * n_threads)))
     slices = [items[i : i + size] for i in range(0, len(items), size)]
     with ThreadPoolExecutor(n_threads) as pool:

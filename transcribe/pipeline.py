@@ -11,6 +11,7 @@ the same `decode_shard`, `recognise_shard` and `publish_shard` in tasks and acto
 from __future__ import annotations
 
 import functools
+import hashlib
 import logging
 import os
 import platform
@@ -130,6 +131,8 @@ class ShardSummary:
     started_at: float
     finished_at: float
     failures: dict[str, int]
+    duplicates: int = 0
+    duplicate_seconds: float = 0.0
 
 
 def run_shards(shards: Sequence[Shard], job: Job, engine: Engine) -> Iterator[ShardSummary]:
@@ -187,6 +190,9 @@ def _decode_recording(
 ) -> DecodedRecording:
     """One recording's windows. Whatever goes wrong in it stays its own matter: a failed row."""
     started = time.perf_counter()
+    if isinstance(data, bytes):  # what was read, even if the object changed since it was listed
+        md5 = hashlib.md5(data, usedforsecurity=False).hexdigest()
+        recording = replace(recording, content_md5=md5)
     detecting_before = seconds.speech_detection
     try:
         decoded = _windows_of(recording, data, config, seconds)
@@ -382,6 +388,8 @@ def publish_shard(recognised: RecognisedShard, out: str) -> ShardSummary:
 def _summary(recognised: RecognisedShard) -> ShardSummary:
     made = recognised.rows
     statuses = [row["status"] for row in made]
+    own = [row for row in made if row.get("duplicate_of") is None]
+    duplicates = [row for row in made if row.get("duplicate_of") is not None]
     failures: dict[str, int] = {}
     for row in made:
         if row["status"] == "failed":
@@ -392,9 +400,9 @@ def _summary(recognised: RecognisedShard) -> ShardSummary:
         ok=statuses.count("ok"),
         empty=statuses.count("empty"),
         failed=statuses.count("failed"),
-        audio_seconds=sum(row.get("duration") or 0.0 for row in made),
-        channel_seconds=sum((r.get("duration") or 0.0) * (r.get("channels") or 0) for r in made),
-        speech_seconds=sum(row.get("speech_duration") or 0.0 for row in made),
+        audio_seconds=sum(row.get("duration") or 0.0 for row in own),
+        channel_seconds=sum((r.get("duration") or 0.0) * (r.get("channels") or 0) for r in own),
+        speech_seconds=sum(row.get("speech_duration") or 0.0 for row in own),
         windows=recognised.windows,
         seconds=recognised.seconds,
         device=recognised.device,
@@ -405,4 +413,6 @@ def _summary(recognised: RecognisedShard) -> ShardSummary:
         started_at=recognised.started_at,
         finished_at=time.time(),
         failures=failures,
+        duplicates=len(duplicates),
+        duplicate_seconds=sum(row.get("duration") or 0.0 for row in duplicates),
     )

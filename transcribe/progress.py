@@ -120,6 +120,12 @@ def _summary_lines(result: dict[str, object]) -> list[tuple[str, str]]:
     if isinstance(stages, dict):
         each = ", ".join(f"{name.replace('_', ' ')} {_rate(s)}" for name, s in stages.items())
         lines.append(("RTFx per stage", each + " (audio over the stage's own seconds)"))
+    if result["duplicates"]:
+        repeated = hours(_number(result["duplicate_seconds"]))
+        shared = (
+            f"{result['duplicates']} share another's result ({repeated} hours, not in the rest)"
+        )
+        lines.insert(1, ("duplicates", shared))
     failures = result["failures"]
     if isinstance(failures, dict) and failures:
         lines.append(("failures", ", ".join(f"{kind} {count}" for kind, count in failures.items())))

@@ -13,8 +13,8 @@ from __future__ import annotations
 
 import io
 import json
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from dataclasses import dataclass, fields
 from typing import Any
 
 import pyarrow as pa
@@ -56,6 +56,18 @@ def publish_shard(out: str, shard_id: str, rows: Sequence[Row]) -> str:
 
 
 @dataclass(frozen=True, slots=True)
+class Content:
+    """What is known of the bytes behind a published row; the fields are columns of it."""
+
+    recording_id: str
+    uri: str
+    size_bytes: int
+    content_md5: str
+    error_kind: str | None
+    duplicate_of: str | None
+
+
+@dataclass(frozen=True, slots=True)
 class Published:
     """Where each published row is: parallel columns, newest row last."""
 
@@ -66,8 +78,16 @@ class Published:
         """Ids of all recordings that have a row."""
         return set(self.table["recording_id"].to_pylist())
 
+    def contents(self, sizes: Collection[int]) -> Iterator[Content]:
+        """The rows of recordings of one of these sizes whose MD5 is known."""
+        wanted = pc.is_in(self.table["size_bytes"], pa.array(list(sizes), pa.int64()))
+        known = pc.and_(wanted, pc.is_valid(self.table["content_md5"]))
+        columns = [field.name for field in fields(Content)]
+        for batch in self.table.filter(known).select(columns).to_batches(max_chunksize=4096):
+            yield from (Content(**row) for row in batch.to_pylist())
 
-_INDEX_COLUMNS = ["recording_id", "uri", "transcribed_at"]
+
+_INDEX_COLUMNS = [*(field.name for field in fields(Content)), "transcribed_at"]
 
 
 def read_published(out: str) -> Published:
@@ -112,6 +132,23 @@ def read_rows(published: Published, uris: set[str], columns: Sequence[str]) -> l
             if newest.get(row["uri"]) == (row["recording_id"], file):
                 found[row["uri"]] = row
     return [found[uri] for uri in sorted(found)]
+
+
+def read_whole_rows(out: str, recording_ids: Collection[str]) -> Iterator[Row]:
+    """The newest rows of these recordings, whole, file by file; those without one are left out."""
+    table = read_published(out).table
+    table = table.filter(
+        pc.is_in(table["recording_id"], pa.array(list(recording_ids), pa.string()))
+    )
+    ids, files = table["recording_id"].to_pylist(), table["file"].to_pylist()
+    newest = dict(zip(ids, files, strict=True))
+    ids_in: dict[str, list[str]] = {}
+    for recording_id, url in newest.items():
+        ids_in.setdefault(url, []).append(recording_id)
+    for url, here in sorted(ids_in.items()):
+        rows = _read(url)
+        wanted = pc.is_in(rows["recording_id"], pa.array(here, pa.string()))
+        yield from rows.filter(wanted).to_pylist()
 
 
 def _transcript_files(out: str) -> list[str]:

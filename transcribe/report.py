@@ -1,7 +1,8 @@
 """Shard summaries -> the run's throughput report.
 
 Pure arithmetic and plain data: knows nothing of Ray, storage or terminals. RTFx is audio
-seconds per wall second; a recording counts once, however many channels it has.
+seconds per wall second; a recording counts once, however many channels it has, and a duplicate,
+which shares another one's result, counts apart.
 """
 
 from __future__ import annotations
@@ -24,7 +25,9 @@ class Totals:
     ok: int = 0
     empty: int = 0
     failed: int = 0
+    duplicates: int = 0
     audio_seconds: float = 0.0
+    duplicate_seconds: float = 0.0
     channel_seconds: float = 0.0
     speech_seconds: float = 0.0
     windows: int = 0
@@ -35,9 +38,9 @@ class Totals:
     def add(self, summary: ShardSummary) -> None:
         """Count one more shard."""
         self.shards += 1
-        for name in ("recordings", "ok", "empty", "failed", "windows"):
+        for name in ("recordings", "ok", "empty", "failed", "duplicates", "windows"):
             setattr(self, name, getattr(self, name) + getattr(summary, name))
-        for name in ("audio_seconds", "channel_seconds", "speech_seconds"):
+        for name in ("audio_seconds", "duplicate_seconds", "channel_seconds", "speech_seconds"):
             setattr(self, name, getattr(self, name) + getattr(summary, name))
         for stage in fields(StageSeconds):
             spent = getattr(self.stages, stage.name) + getattr(summary.seconds, stage.name)
@@ -74,9 +77,11 @@ def report(facts: RunFacts, totals: Totals, summaries: Sequence[ShardSummary]) -
         "ok": totals.ok,
         "empty": totals.empty,
         "failed": totals.failed,
+        "duplicates": totals.duplicates,
         "failures": dict(sorted(totals.failures.items())),
         "shards": totals.shards,
         "audio_seconds": totals.audio_seconds,
+        "duplicate_seconds": totals.duplicate_seconds,
         "channel_seconds": totals.channel_seconds,
         "speech_seconds": totals.speech_seconds,
         "windows": totals.windows,

@@ -82,6 +82,17 @@ def failed_row(recording: Recording, facts: AudioFacts | None, problem: BadAudio
     }
 
 
+def shared_row(recording: Recording, original: Row) -> Row:
+    """Row of a duplicate: the original's result, which cost nothing again, its own identity."""
+    return {
+        **original,
+        **_identity(recording),
+        "duplicate_of": original["recording_id"],
+        "decode_seconds": 0.0,
+        "recognise_seconds": 0.0,
+    }
+
+
 def provenance_columns(provenance: Provenance) -> Row:
     """The columns that every row of a shard shares."""
     return asdict(provenance)

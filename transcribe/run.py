@@ -20,9 +20,10 @@ from typing import Any
 
 from rich.console import Console
 
-from transcribe import distributed, models, publish, schema, storage
+from transcribe import distributed, duplicates, models, publish, schema, storage
 from transcribe.archive import Recording, estimate_durations, list_archive
 from transcribe.config import RunConfig, fingerprint, result_settings
+from transcribe.duplicates import Duplicate
 from transcribe.engines.load import FAKE_MODEL, refuse_impossible
 from transcribe.errors import Fatal, TranscribeError
 from transcribe.pipeline import Job, ShardSummary, peak_bytes
@@ -45,16 +46,12 @@ class Plan:
     archive_recordings: int
     already_transcribed: int
     shards: list[Shard]
+    duplicates: list[Duplicate]
 
     @property
     def config_fingerprint(self) -> str:
         """Fingerprint of the settings that change results."""
         return fingerprint(self.settings)
-
-    @property
-    def duration_s(self) -> float:
-        """Planned audio seconds."""
-        return sum(shard.duration_s for shard in self.shards)
 
 
 def new_run_id() -> str:
@@ -63,7 +60,7 @@ def new_run_id() -> str:
 
 
 def prepare(config: RunConfig, say: Callable[[str], None]) -> Plan:
-    """List the archive, subtract what is done, cut the rest into shards.
+    """List the archive, subtract what is done and what is there twice, cut the rest into shards.
 
     What can be refused is refused here, before a worker starts and before OUT is touched,
     but for rows that an earlier run left superseded.
@@ -79,12 +76,18 @@ def prepare(config: RunConfig, say: Callable[[str], None]) -> Plan:
     superseded = publish.settle(config.out)
     if superseded:
         say(f"Removed {superseded} rows that an earlier run had left superseded.")
-    remaining = _subtract(recordings, publish.read_published(config.out).recording_ids)
+    published = publish.read_published(config.out)
+    remaining = _subtract(recordings, published.recording_ids)
     done = len(recordings) - len(remaining)
     if done:
         say(f"{done:,} of {len(recordings):,} recordings already transcribed.")
+    contents = published.contents({r.size_bytes for r in remaining})
+    repeated = duplicates.find(remaining, contents)
+    if repeated:
+        say(f"{len(repeated):,} recordings repeat another one's bytes and will share its result.")
+    to_recognise = _subtract(remaining, {d.recording.recording_id for d in repeated})
     shards = plan_shards(
-        estimate_durations(remaining, config.headerless_format), config.shard_minutes
+        estimate_durations(to_recognise, config.headerless_format), config.shard_minutes
     )
     return Plan(
         config=config,
@@ -95,6 +98,7 @@ def prepare(config: RunConfig, say: Callable[[str], None]) -> Plan:
         archive_recordings=len(recordings),
         already_transcribed=done,
         shards=shards,
+        duplicates=repeated,
     )
 
 
@@ -130,7 +134,7 @@ def transcribe(config: RunConfig, address: str | None, console: Console) -> dict
     )
     with _logging_to(console) as log:
         plan = prepare(config, _saying(console))
-        if not plan.shards:
+        if not plan.shards and not plan.duplicates:
             return _finish(plan, distributed.Placement("cpu", 0), [], _Clock())
         return execute(plan, address, console, log)
 
@@ -207,7 +211,9 @@ def execute(plan: Plan, address: str | None, console: Console, log: io.StringIO)
         publish.claim_settings(config.out, plan.settings)
         _write(plan, "config.json", {**config.as_dict(), "fingerprint": plan.config_fingerprint})
         with _log_stored(plan, log):
-            summaries = _work(plan, _job(plan, placement), placement, console)
+            job = _job(plan, placement)
+            summaries = _work(plan.shards, job, placement, console)
+            summaries += _share(plan, job, placement, console)
     finally:
         distributed.disconnect()
     # Workers' clocks tell when work began: what lies before is start-up.
@@ -240,20 +246,35 @@ def _job(plan: Plan, placement: distributed.Placement) -> Job:
     )
 
 
-def _work(
+def _share(
     plan: Plan, job: Job, placement: distributed.Placement, console: Console
+) -> list[ShardSummary]:
+    """Give duplicates their rows; the few that cannot share are transcribed by themselves."""
+    config = plan.config
+    summaries, alone = duplicates.publish_duplicates(plan.duplicates, config.out, plan.run_id)
+    if alone:
+        _LOG.warning("%d duplicates cannot share their original's result", len(alone))
+        shards = plan_shards(estimate_durations(alone), config.shard_minutes)
+        summaries += _work(shards, job, placement, console)
+    return summaries
+
+
+def _work(
+    shards: Sequence[Shard], job: Job, placement: distributed.Placement, console: Console
 ) -> list[ShardSummary]:
     """Drain the shards, showing progress.
 
     Raises:
         Fatal: a shard did not come back.
     """
-    planned = {shard.shard_id: shard.duration_s for shard in plan.shards}
+    if not shards:
+        return []
+    planned = {shard.shard_id: shard.duration_s for shard in shards}
     totals = Totals()
     summaries: list[ShardSummary] = []
     done = 0.0
-    with ProgressDisplay(console, plan.duration_s) as display:
-        for summary in distributed.run_shards(plan.shards, job, placement.workers):
+    with ProgressDisplay(console, sum(planned.values())) as display:
+        for summary in distributed.run_shards(shards, job, placement.workers):
             totals.add(summary)
             summaries.append(summary)
             done += planned.pop(summary.shard_id, 0.0)
@@ -268,7 +289,7 @@ def _work(
             )
     if planned:
         raise Fatal(
-            f"{len(planned)} of {len(plan.shards)} shards did not come back from Ray;"
+            f"{len(planned)} of {len(shards)} shards did not come back from Ray;"
             " what is published stays. Run the same command again to do the rest."
         )
     return summaries

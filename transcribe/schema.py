@@ -52,6 +52,7 @@ TRANSCRIPT = pa.schema(
         ("generation", pa.string()),
         ("size_bytes", pa.int64()),
         ("content_md5", pa.string()),
+        ("duplicate_of", pa.string()),
         ("metadata", pa.string()),
         # audio
         ("container", pa.string()),
@@ -99,7 +100,9 @@ METRICS = pa.schema(
         ("ok", pa.int32()),
         ("empty", pa.int32()),
         ("failed", pa.int32()),
+        ("duplicates", pa.int32()),
         ("audio_seconds", pa.float64()),
+        ("duplicate_seconds", pa.float64()),
         ("channel_seconds", pa.float64()),
         ("speech_seconds", pa.float64()),
         ("windows", pa.int32()),

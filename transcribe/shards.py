@@ -46,7 +46,7 @@ def plan_shards(recordings: Sequence[Recording], shard_minutes: float | None = N
     if shard_minutes is None:
         total_minutes = sum(r.duration_s for r in ordered) / 60
         shard_minutes = min(_MAX_MINUTES, max(_MIN_MINUTES, total_minutes / _SHARDS_WANTED))
-    return [Shard(_shard_id(group), tuple(group)) for group in _groups(ordered, shard_minutes * 60)]
+    return [Shard(shard_id(group), tuple(group)) for group in _groups(ordered, shard_minutes * 60)]
 
 
 def _groups(ordered: Iterable[Recording], limit_s: float) -> Iterable[list[Recording]]:
@@ -63,7 +63,7 @@ def _groups(ordered: Iterable[Recording], limit_s: float) -> Iterable[list[Recor
         yield group
 
 
-def _shard_id(recordings: Sequence[Recording]) -> str:
+def shard_id(recordings: Sequence[Recording]) -> str:
     """16 hex digits of SHA-256 over the sorted recording ids."""
     content = "\n".join(sorted(r.recording_id for r in recordings))
     return hashlib.sha256(content.encode()).hexdigest()[:16]

@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from transcribe import archive, publish, storage
+from transcribe import archive, duplicates, publish, storage
 from transcribe.errors import BadAudio, Fatal, Transient
 from transcribe.evaluate import evaluate, json_bytes
 
@@ -234,3 +234,18 @@ def test_a_score_from_bucket_to_bucket(gcs_bucket: str) -> None:
     storage.put(storage.join(out, "score.json"), json_bytes(evaluate(out, file)))
     written = json.loads(storage.read(storage.join(out, "score.json")))
     assert (written["matched_by_ending"], written["total"]["wer"]) == (0, 1 / 2)
+
+
+def test_a_buckets_md5_tells_duplicates_without_reading(
+    gcs_bucket: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, content in {"b": b"same", "a": b"same", "c": b"else"}.items():
+        storage.put(storage.join(gcs_bucket, f"{name}.wav"), content)
+    recordings = archive.list_archive(gcs_bucket)
+    monkeypatch.delattr(storage, "read_range")
+    (found,) = duplicates.find(recordings, [])
+    assert (found.recording.uri, found.original) == (
+        f"{gcs_bucket}/b.wav",
+        recordings[0].recording_id,
+    )
+    assert found.recording.content_md5 == hashlib.md5(b"same").hexdigest()

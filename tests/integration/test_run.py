@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
+import soundfile
 from typer.testing import CliRunner
 
 from transcribe import distributed, run
 from transcribe.cli import app
 from transcribe.config import RunConfig
+from transcribe.errors import Fatal
 from transcribe.pipeline import Job
 
 CALLS = 3
@@ -144,6 +149,116 @@ def test_from_first_run_to_a_changed_archive(tmp_path, write_archive, write_call
     assert [row["uri"][-11:] for row in done_now] == ["call-01.wav", "call-99.wav"]
     assert done_now[0]["text"] != old[done_now[0]["uri"]]["text"]
     assert no_stray_files(out)
+
+
+def test_same_bytes_are_recognised_once_and_shared(tmp_path, write_call, shared_ray):
+    archive, out = tmp_path / "calls", tmp_path / "out"
+    archive.mkdir()
+    write_call(archive / "b.wav", 1)
+    write_call(archive / "other.wav", 2)
+    for name in ("a.wav", "c.wav"):
+        (archive / name).write_bytes((archive / "b.wav").read_bytes())
+    first = transcribe(archive, out)
+    assert first.exit_code == 0, first.output
+    assert "2 recordings repeat" in " ".join(first.stdout.split())
+    a, b, c, other = rows_of(out)
+    assert [a["duplicate_of"], other["duplicate_of"]] == [None, None]
+    assert b["duplicate_of"] == c["duplicate_of"] == a["recording_id"]
+    assert len({row["recording_id"] for row in (a, b, c, other)}) == 4
+    assert a["text"] == b["text"] == c["text"] != other["text"]
+    assert {r["content_md5"] for r in (a, b, c)} == {md5_of(archive / "a.wav")}
+    report = the_report(out)
+    assert (report["recordings"], report["ok"], report["duplicates"]) == (4, 4, 2)
+    assert report["audio_seconds"] == pytest.approx(a["duration"] + other["duration"])
+    assert report["duplicate_seconds"] == pytest.approx(2 * a["duration"])
+
+    # The original goes; its copies stay right, and one more copy finds one of them.
+    write_call(archive / "a.wav", 3)
+    (archive / "d.wav").write_bytes((archive / "b.wav").read_bytes())
+    again = transcribe(archive, out)
+    assert again.exit_code == 0, again.output
+    now = rows_of(out)
+    assert [Path(row["uri"]).stem for row in now] == ["a", "b", "c", "d", "other"]
+    assert now[1:3] == [b, c]
+    assert now[0]["duplicate_of"] is None and now[0]["text"] != a["text"]
+    assert now[3]["duplicate_of"] in {r["recording_id"] for r in (a, b, c)}
+    assert now[3]["segments"] == b["segments"]
+
+    # Nothing but copies: no engine has anything to do.
+    (archive / "e.wav").write_bytes((archive / "other.wav").read_bytes())
+    last = transcribe(archive, out)
+    assert last.exit_code == 0, last.output
+    assert rows_of(out)[4]["duplicate_of"] == other["recording_id"]
+    assert "1 share another's result" in " ".join(last.stdout.split())
+    assert "Nothing left to do" in transcribe(archive, out).stdout
+    assert no_stray_files(out)
+
+
+def test_the_next_run_finishes_duplicates_that_a_crash_left(
+    tmp_path, write_call, shared_ray, monkeypatch
+):
+    archive, out = tmp_path / "calls", tmp_path / "out"
+    archive.mkdir()
+    write_call(archive / "a.wav", 1)
+    (archive / "b.wav").write_bytes((archive / "a.wav").read_bytes())
+    with monkeypatch.context() as patch:
+        patch.setattr(run, "_share", stop_here)
+        assert transcribe(archive, out).exit_code == 2
+    (a,) = rows_of(out)
+    assert transcribe(archive, out).exit_code == 0
+    kept, b = rows_of(out)
+    assert kept == a
+    assert b["duplicate_of"] == a["recording_id"]
+
+
+def stop_here(*anything):
+    raise Fatal("stopped")
+
+
+def test_duplicates_of_what_cannot_be_read_are_tried_themselves(
+    tmp_path, write_call, shared_ray, monkeypatch
+):
+    """The original goes between the listing and the reading."""
+    archive, out = tmp_path / "calls", tmp_path / "out"
+    archive.mkdir()
+    for name in ("a.wav", "b.wav", "c.wav"):
+        write_call(archive / name, 1)
+    planned = run.plan_shards
+
+    def plan_and_delete(*arguments):
+        (archive / "a.wav").unlink(missing_ok=True)
+        return planned(*arguments)
+
+    monkeypatch.setattr(run, "plan_shards", plan_and_delete)
+    assert transcribe(archive, out, "--max-failed", "0.5").exit_code == 0
+    a, b, c = rows_of(out)
+    assert (a["status"], a["error_kind"]) == ("failed", "missing")
+    assert b["text"] == c["text"] != ""
+    assert [row["duplicate_of"] for row in (a, b, c)] == [None] * 3
+
+
+def test_a_dual_mono_call_is_said_once(tmp_path, write_call, shared_ray):
+    archive, out = tmp_path / "calls", tmp_path / "out"
+    archive.mkdir()
+    write_call(archive / "mono.wav", 1)
+    samples, rate = soundfile.read(archive / "mono.wav", always_2d=True)
+    soundfile.write(archive / "mono.wav", samples[:, :1], rate, subtype="ULAW")
+    soundfile.write(archive / "dual.wav", samples[:, [0, 0]], rate, subtype="ULAW")
+    result = transcribe(archive, out)
+    assert result.exit_code == 0, result.output
+    dual, mono = rows_of(out)
+    assert dual["text"] == mono["text"] != ""
+    assert [c["skipped"] for c in dual["coverage"]] == [0.0, dual["duration"]]
+
+
+def md5_of(path):
+    return hashlib.md5(path.read_bytes()).hexdigest()
+
+
+def the_report(out):
+    """The report of the only run so far."""
+    (report,) = (out / "runs").glob("*/report.json")
+    return json.loads(report.read_text())
 
 
 def no_stray_files(out):
