@@ -22,7 +22,7 @@ from transformers import (
 from jobs.sample_archive import SYNTH_RATE, speak
 
 DIGITS = "zero one two three four five six seven eight nine".split()
-VOICES = ("en-us+m1", "en-us+f2", "en-us+m3")
+VOICES = ("en-us+m1", "en-us+f2")
 TRAINING_RATES = (130, 150, 170)
 HELD_OUT_RATE = 160
 STEPS = 480
@@ -113,12 +113,12 @@ def _fit(
     rng: np.random.Generator,
 ) -> None:
     sounds = [voice for rate in TRAINING_RATES for voice in digit_sounds(rate)]
-    optimiser = torch.optim.AdamW(model.parameters(), lr=3e-3, weight_decay=1e-3)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, 3e-3, total_steps=STEPS)
+    optimiser = torch.optim.AdamW(model.parameters(), lr=4e-3, weight_decay=1e-3)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, 4e-3, STEPS, pct_start=0.15)
     model.train()
     for step in range(STEPS):
         # Single digits first: whole strings alone leave it writing blanks for long.
-        longest, n_strings = (1, 2 * BATCH) if step < STEPS // 3 else (5, BATCH)
+        longest, n_strings = (1, 2 * BATCH) if step < STEPS // 4 else (5, BATCH)
         texts, waves = [], []
         for _ in range(n_strings):
             digits = list(rng.choice(DIGITS, rng.integers(1, longest + 1)))

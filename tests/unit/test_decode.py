@@ -13,7 +13,8 @@ import pytest
 import soundfile as sf
 
 from transcribe.decode import HEAD_BYTES, SAMPLE_RATE, Audio, decode, probe_seconds
-from transcribe.errors import BadAudio
+from transcribe.errors import BadAudio, Fatal
+from transcribe.headerless import parse_headerless
 
 CORPUS = Path(__file__).resolve().parents[2] / "../shared/corpus"
 needs_corpus = pytest.mark.skipif(
@@ -374,6 +375,100 @@ def test_other_files_are_not_audio(data, name, capfd):
 @pytest.mark.parametrize("name", ["a.gsm", "a.ulaw", "a.g722"])
 def test_text_under_a_headerless_name_is_not_audio(name):
     assert kind_of(b"this is not audio at all\n" * 200, name) == "not_audio"
+
+
+RAW_CASES = [
+    # encoding, soundfile's subtype, byte order, rate, channels, likeness
+    ("mulaw", "ULAW", None, 8000, 1, 0.99),
+    ("mulaw", "ULAW", None, 8000, 2, 0.99),
+    ("alaw", "ALAW", None, 8000, 2, 0.99),
+    ("alaw", "ALAW", None, 11025, 1, 0.99),
+    ("u8", "PCM_U8", None, 8000, 1, 0.99),
+    ("s8", "PCM_S8", None, 16000, 2, 0.99),
+    ("s16le", "PCM_16", "LITTLE", 8000, 1, 0.999),
+    ("s16le", "PCM_16", "LITTLE", 48000, 6, 0.999),
+    ("s16be", "PCM_16", "BIG", 16000, 2, 0.999),
+    ("s24le", "PCM_24", "LITTLE", 44100, 2, 0.999),
+    ("s32le", "PCM_32", "LITTLE", 16000, 1, 0.999),
+    ("f32le", "FLOAT", "LITTLE", 7999, 2, 0.999),
+]
+
+
+@pytest.mark.parametrize("case", RAW_CASES, ids=lambda c: "-".join(map(str, c[:5])))
+@pytest.mark.parametrize("extension", [".raw", ".PCM"])
+def test_headerless_sound_is_read_as_told(case, extension):
+    encoding, subtype, endian, rate, n_channels, at_least = case
+    data = by_soundfile("RAW", subtype, rate, n_channels, endian=endian or "FILE")
+    told = parse_headerless(f"{encoding}:{rate}:{n_channels}")
+    audio = decode(data, f"calls/1{extension}", told)
+    assert audio.sample_rate == rate
+    assert audio.problem is None
+    assert abs(audio.duration_s - 2.0) < 0.001
+    assert_same_sound(audio, n_channels, at_least, 1 if rate == 7999 else 0)
+    probed = probe_seconds(data[:HEAD_BYTES], len(data), f"1{extension}", told)
+    assert probed is not None and abs(probed - 2.0) < 0.001
+
+
+def test_what_is_told_goes_before_what_the_extension_says():
+    data = by_soundfile("RAW", "ALAW", 8000, 2)
+    audio = decode(data, "1.ul", parse_headerless("alaw:8000:2"))
+    assert_same_sound(audio, 2, 0.99, 0)
+
+
+def test_a_header_goes_before_what_is_told():
+    data = by_soundfile("WAV", "PCM_16", 16000, 1)
+    audio = decode(data, "1.raw", parse_headerless("mulaw:8000:1"))
+    assert (audio.container, audio.codec) == ("wav", "pcm_s16le")
+    assert_same_sound(audio, 1, 0.999, 0)
+
+
+def test_half_a_frame_at_the_end_is_left_out():
+    data = by_soundfile("RAW", "PCM_16", 16000, 2, endian="LITTLE") + b"\1\2\3"
+    assert decode(data, "1.raw", parse_headerless("s16le:16000:2")).samples.shape == (2, 32000)
+
+
+@pytest.mark.parametrize("name", ["1.raw", "1.PCM"])
+def test_headerless_sound_nobody_described_asks_for_it(name):
+    data = by_soundfile("RAW", "ULAW", 8000, 1)
+    with pytest.raises(BadAudio, match="--headerless mulaw:8000:1") as caught:
+        decode(data, name)
+    assert caught.value.kind == "not_audio"
+    assert probe_seconds(data[:HEAD_BYTES], len(data), name) is None
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", "mulaw", "mulaw:8000", "opus:8000:1", "mulaw:0:1", "mulaw:8000:0", "mulaw:8k:1",
+     "mulaw:8000:1:1", "mulaw:8000:33", "mulaw:-8000:1", "mulaw:9999999:1"],
+)  # fmt: skip
+def test_a_headerless_format_that_cannot_be_is_refused(text):
+    with pytest.raises(Fatal, match=r"^--headerless "):
+        parse_headerless(text)
+
+
+def test_an_offset_of_direct_current_stays_clear_of_the_speech():
+    """A bad sound card adds a constant; it must neither clip nor bend what is there."""
+    sound = tones(16000, 1)[:, 0] * 0.5
+    file = io.BytesIO()
+    sf.write(file, sound + 0.3, 16000, format="WAV", subtype="PCM_16")
+    got = decode(file.getvalue(), "1.wav").samples[0] / 32768
+    assert likeness(got - got.mean(), sound, 0) > 0.9999
+    assert abs(got.mean() - 0.3) < 0.001
+
+
+@pytest.mark.parametrize("subtype", ["PCM_16", "ULAW", "PCM_U8", "FLOAT"])
+def test_clipped_sound_stays_clipped(subtype):
+    """What is too loud ends at full scale, never on the other side of zero."""
+    loud = np.clip(tones(8000, 1) * 8, -1, 1)
+    file = io.BytesIO()
+    sf.write(file, loud, 8000, format="WAV", subtype=subtype)
+    got = decode(file.getvalue(), "1.wav").samples[0] / 32768
+    want = np.clip(tones(16000, 1)[:, 0] * 8, -1, 1)
+    at_limit = np.sign(want) * (np.abs(want) >= 1)
+    flat = np.abs(np.convolve(at_limit, np.ones(9), "same")) > 8.5
+    assert flat.sum() > 1000
+    assert (np.sign(got[flat]) == np.sign(want[flat])).all()
+    assert np.abs(got[flat]).min() > 0.85
 
 
 def test_empty_file():
