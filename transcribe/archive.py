@@ -52,6 +52,7 @@ _LABELS = {".srt", ".vtt", ".ass", ".rttm", ".textgrid", ".ctm", ".stm", ".lab",
 _MACHINERY = {".yaml", ".yml", ".toml", ".ini", ".md5", ".sha1", ".sha256", ".py", ".sh", ".tmp"}
 NOT_RECORDINGS = frozenset(_DOCUMENTS | _TABLES | _PICTURES | _LABELS | _MACHINERY)
 
+_LONGEST_FIELD = 1 << 26  # characters in a field of a CSV manifest
 N_SAMPLED_PER_EXTENSION = 16
 N_LISTED_INSTEAD_OF_LOOKED_UP = 1000
 SHORTEST_S = 1.0
@@ -250,6 +251,7 @@ def is_text(value: object) -> bool:
 def _csv_rows(
     url: str, file: io.BufferedReader, names: Sequence[str]
 ) -> Iterator[tuple[str, dict[str, Any]]]:
+    csv.field_size_limit(_LONGEST_FIELD)  # the default, 131,072, is less than a long call's words
     text = io.TextIOWrapper(file, encoding="utf-8-sig", newline="")
     reader = csv.reader(text, strict=True)
     try:

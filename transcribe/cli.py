@@ -238,16 +238,23 @@ def _ending_on_sigterm() -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():  # the only one that may
         yield
         return
-    before = signal.signal(signal.SIGTERM, _raise_terminated)
+    came = False
+
+    def terminate(signum: int, frame: FrameType | None) -> None:
+        nonlocal came
+        came = True
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # a second would cut the clearing up short
+        raise _Terminated
+
+    before = signal.signal(signal.SIGTERM, terminate)
     try:
         yield
+    except KeyboardInterrupt:
+        if came:  # while it waits, Ray raises a plain one instead of what the handler raised
+            raise _Terminated from None
+        raise
     finally:
         signal.signal(signal.SIGTERM, before)
-
-
-def _raise_terminated(signum: int, frame: FrameType | None) -> None:
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # a second one would cut the clearing up short
-    raise _Terminated
 
 
 def _exit_code(result: dict[str, Any], max_failed: float, console: Console) -> int:

@@ -6,6 +6,8 @@ Must not know: how texts are compared, how rows are stored.
 
 from __future__ import annotations
 
+import re
+import unicodedata
 from collections import defaultdict
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass
@@ -110,7 +112,9 @@ def match(references: Collection[str], rows: Iterable[str]) -> dict[str, str]:
 
 
 def _levels(uri: str) -> tuple[str, ...]:
-    return tuple(uri.removeprefix("file://").split("/"))
+    # Windows separates by backslashes; macOS writes accents as characters of their own.
+    path = unicodedata.normalize("NFC", uri.removeprefix("file://"))
+    return tuple(re.split(r"[/\\]", path))
 
 
 def _by_ending(uris: dict[str, tuple[str, ...]], depth: int) -> dict[tuple[str, ...], list[str]]:

@@ -192,7 +192,7 @@ def _list_local(path: str) -> Iterator[ObjectInfo]:
     try:
         is_folder = Path(path).is_dir()
     except OSError as error:  # a folder on the way may not be entered
-        raise Fatal(f"cannot list {path}: {error.strerror}; check its permissions") from error
+        raise Fatal(f"cannot list {path}: {error.strerror}; {_remedy(error)}") from error
     if is_folder:
         yield from _walk(path)
     elif os.path.lexists(path):
@@ -235,7 +235,7 @@ def _entries(folder: str, is_root: bool = False) -> list[os.DirEntry[str]]:
             return sorted(found, key=lambda e: e.name + "/" if _is_folder(e) else e.name)
     except OSError as error:
         if is_root:
-            raise Fatal(f"cannot list {folder}: {error.strerror}; check its permissions") from error
+            raise Fatal(f"cannot list {folder}: {error.strerror}; {_remedy(error)}") from error
         log.warning("left out folder %s: %s", _local_uri(folder), error.strerror)
         return []
 
@@ -708,7 +708,7 @@ def _translated_local(error: OSError, action: Action, uri: str) -> TranscribeErr
 
 
 def _remedy(error: OSError) -> str:
-    if error.errno == errno.ENOENT:
+    if error.errno in (errno.ENOENT, errno.ENAMETOOLONG, errno.ELOOP):
         return "check the name or choose another folder"
     if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
         return "free some space or choose another folder"

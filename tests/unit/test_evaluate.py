@@ -272,6 +272,23 @@ def test_a_longer_ending_wins_and_names_are_whole():
     assert match(["/x/a.wav"], ["/y/aa.wav"]) == {}
 
 
+def test_names_written_on_windows_and_on_a_mac_are_the_same_names():
+    rows = {"gs://b/calls/en/a.wav", "gs://b/calls/de/a.wav", "gs://b/Zo\u00eb.wav"}
+    written = {
+        "/refs/C:\\calls\\en\\a.wav": "calls/en/a.wav",
+        "/refs/Zoe\u0308.wav": "Zo\u00eb.wav",
+    }
+    expected = {uri: f"gs://b/{name}" for uri, name in written.items()}
+    assert match(list(written), rows) == expected
+
+
+def test_the_words_of_a_long_call_fit_into_a_field(out, tmp_path):
+    said = "word " * 30_000
+    (tmp_path / "said.csv").write_text(f"uri,reference\n/a.wav,{said}\n")
+    found = scored(out(row("/a.wav", said)), tmp_path / "said.csv")
+    assert (found["total"]["words"], found["total"]["wer"]) == (30_000, 0.0)
+
+
 PATHS = st.lists(st.sampled_from(["a", "b", "c"]), min_size=1, max_size=4).map("/".join)
 
 

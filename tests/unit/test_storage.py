@@ -232,6 +232,24 @@ def test_a_folder_that_may_not_be_entered_is_named(
         _uris(f"{tmp_path}/calls")
 
 
+def test_a_name_that_cannot_be_is_not_about_permissions(tmp_path: Path) -> None:
+    too_long = f"{tmp_path}/{'a' * 300}"
+    (tmp_path / "loop").symlink_to("loop")
+    refusals = [
+        (
+            storage.check_writable,
+            too_long,
+            "cannot write to .*: File name too long; check the name",
+        ),
+        (_uris, too_long, "cannot list .*: File name too long; check the name"),
+        (storage.check_writable, f"{tmp_path}/loop/x", "symbolic links; check the name"),
+    ]
+    for refuse, url, sentence in refusals:
+        with pytest.raises(Fatal, match=sentence) as caught:
+            refuse(url)
+        assert "permissions" not in str(caught.value)
+
+
 def test_unknown_and_uninstalled_kinds_of_address_are_named() -> None:
     with pytest.raises(Fatal, match="nosuch://"):
         _uris("nosuch://a/b")
