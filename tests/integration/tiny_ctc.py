@@ -25,7 +25,7 @@ DIGITS = "zero one two three four five six seven eight nine".split()
 VOICES = ("en-us+m1", "en-us+f2")
 TRAINING_RATES = (130, 150, 170)
 HELD_OUT_RATE = 160
-STEPS = 480
+STEPS = 600
 BATCH = 8
 
 LETTERS = sorted(set("".join(DIGITS)))
@@ -113,14 +113,13 @@ def _fit(
     rng: np.random.Generator,
 ) -> None:
     sounds = [voice for rate in TRAINING_RATES for voice in digit_sounds(rate)]
-    optimiser = torch.optim.AdamW(model.parameters(), lr=4e-3, weight_decay=1e-3)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, 4e-3, STEPS, pct_start=0.15)
+    optimiser = torch.optim.AdamW(model.parameters(), lr=2e-3, weight_decay=1e-3)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, 2e-3, STEPS)
     model.train()
     for step in range(STEPS):
-        # Single digits first: whole strings alone leave it writing blanks for long.
-        longest, n_strings = (1, 2 * BATCH) if step < STEPS // 4 else (5, BATCH)
+        longest = 2 if step < STEPS // 3 else 5  # short strings teach it letters sooner
         texts, waves = [], []
-        for _ in range(n_strings):
+        for _ in range(BATCH):
             digits = list(rng.choice(DIGITS, rng.integers(1, longest + 1)))
             texts.append(" ".join(digits))
             waves.append(sentence(digits, sounds[rng.integers(len(sounds))], rng)[0])

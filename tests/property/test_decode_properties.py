@@ -15,6 +15,7 @@ from torchaudio.functional import resample
 from transcribe import decode as module
 from transcribe.decode import HEAD_BYTES, SAMPLE_RATE, decode, probe_seconds
 from transcribe.errors import BadAudio
+from transcribe.headerless import Headerless
 
 COMMON = [8000, 11025, 12000, 16000, 22050, 24000, 32000, 44100, 48000, 96000]
 
@@ -76,20 +77,23 @@ SEEDS = [
     keep=st.floats(0, 1),
     tail=st.binary(max_size=300),
     flips=st.lists(st.tuples(st.integers(0, 2**16), st.integers(0, 255)), max_size=8),
-    extension=st.sampled_from(["wav", "mp3", "gsm", "ulaw", "g722", "g729", "sln", "m4a", ""]),
+    extension=st.sampled_from(
+        ["wav", "mp3", "gsm", "ulaw", "g722", "g729", "sln", "raw", "m4a", ""]
+    ),
+    told=st.sampled_from([None, Headerless("s24le", 8000, 3), Headerless("mulaw", 44_100, 1)]),
 )
 @settings(max_examples=300, deadline=None)
-def test_any_bytes_end_as_audio_or_bad_audio(start, keep, tail, flips, extension):
+def test_any_bytes_end_as_audio_or_bad_audio(start, keep, tail, flips, extension, told):
     data = bytearray(start[: int(len(start) * keep)] + tail)
     for at, value in flips:
         if data:
             data[at % len(data)] = value
     name = f"x.{extension}"
     try:
-        audio = decode(bytes(data), name)
+        audio = decode(bytes(data), name, told)
     except BadAudio as error:
         assert error.message
     else:
         assert audio.samples.dtype == np.int16 and audio.samples.shape[1] > 0
-    seconds = probe_seconds(bytes(data[:HEAD_BYTES]), len(data), name)
+    seconds = probe_seconds(bytes(data[:HEAD_BYTES]), len(data), name, told)
     assert seconds is None or seconds > 0

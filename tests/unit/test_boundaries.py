@@ -62,6 +62,8 @@ def test_code_beside_weights_is_never_run() -> None:
     for path, tree in TREES.items():
         for node in ast.walk(tree):
             named = isinstance(node, ast.keyword) and node.arg == "trust_remote_code"
+            if named and isinstance(node.value, ast.Constant) and node.value.value is False:
+                continue  # said, because transformers otherwise asks the terminal
             spelled = isinstance(node, ast.Constant) and node.value == "trust_remote_code"
             assert not (named or spelled), path
             # torch.load unpickles, and so do numpy.load and pandas when they are asked to.
