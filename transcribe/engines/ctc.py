@@ -38,6 +38,7 @@ _BATCH_SAMPLES = {"cpu": 1, "cuda": 16 * 30 * SAMPLE_RATE}
 # A pause between words that ends a segment.
 _PHRASE_PAUSE_S = 0.6
 _MAX_BEYOND_PEAK_S = 0.15
+_PRIVATE_USE = 0xE000  # Unicode characters that mean nothing
 _SUBWORD_START = "▁"  # SentencePiece's mark of a word's first token
 
 
@@ -399,7 +400,11 @@ def _language_model_decoder(path: str, vocabulary: _Vocabulary) -> Any:
         ) from None
     if not Path(path).is_file():
         raise Fatal(f"--lm {path}: no such file; give a KenLM n-gram (.arpa or .bin).")
-    labels = list(vocabulary.tokens)
+    # pyctcdecode takes labels of several letters for a mistake: special tokens get private ones.
+    labels = [
+        chr(_PRIVATE_USE + i) if i in vocabulary.silent else token
+        for i, token in enumerate(vocabulary.tokens)
+    ]
     labels[vocabulary.blank] = ""
     if vocabulary.delimiter is not None:
         labels[vocabulary.delimiter] = " "
