@@ -123,7 +123,6 @@ def result_settings(config: RunConfig, model_revision: str, engine: str) -> dict
         "format": 2,
         "model_revision": model_revision,
         "engine": engine,
-        "language_model": config.language_model,
         "task": config.task,
         "words": config.words,
         "language": config.language,

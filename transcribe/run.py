@@ -24,7 +24,7 @@ from transcribe import distributed, duplicates, models, publish, schema, storage
 from transcribe.archive import Recording, estimate_durations, list_archive
 from transcribe.config import RunConfig, fingerprint, result_settings
 from transcribe.duplicates import Duplicate
-from transcribe.engines.load import FAKE_MODEL, refuse_impossible
+from transcribe.engines.load import FAKE_MODEL, model_revision, refuse_impossible
 from transcribe.errors import Fatal, TranscribeError
 from transcribe.pipeline import Job, ShardSummary, peak_bytes
 from transcribe.progress import ProgressDisplay
@@ -107,7 +107,7 @@ def _model_facts(config: RunConfig) -> tuple[str, str]:
         return "fake", "fake"
     model = models.resolve(config.model, config.engine)
     refuse_impossible(model.engine, config)
-    return model.revision, model.engine
+    return model_revision(model, config), model.engine
 
 
 def _subtract(recordings: Sequence[Recording], done: set[str]) -> list[Recording]:

@@ -68,7 +68,6 @@ def test_a_config_cannot_be_changed_and_is_plain_json() -> None:
 
 # Every setting is in one of the two: a new one must be thought about.
 CHANGES_RESULTS: dict[str, Any] = {
-    "language_model": "domain.arpa",
     "task": "translate",
     "words": True,
     "headerless": "mulaw:8000:1",
@@ -78,6 +77,7 @@ CHANGES_RESULTS: dict[str, Any] = {
 }
 CHANGES_NOTHING: dict[str, Any] = {
     "model": "elsewhere",  # its revision counts
+    "language_model": "elsewhere.arpa",  # a part of that revision
     "engine": "whisper-transformers",  # the engine that ran counts
     "archive": "elsewhere",
     "out": "elsewhere",

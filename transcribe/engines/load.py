@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import platform
+from pathlib import Path
 
 from transcribe import models
+from transcribe.checkpoint import sha256
 from transcribe.config import EngineName, RunConfig
 from transcribe.engines.base import Engine
 from transcribe.engines.fake import FakeEngine
@@ -24,7 +26,7 @@ def load_engine(job: Job) -> Engine:
     if job.config.model == FAKE_MODEL:
         return FakeEngine()
     model = models.resolve(job.config.model, job.config.engine)
-    if model.revision != job.model_revision:
+    if model_revision(model, job.config) != job.model_revision:
         raise Fatal(
             f"--model {model.name!r} is another one on {platform.node()} than on the driver;"
             " put the same weights on every machine, or give a gs:// prefix."
@@ -54,6 +56,23 @@ def engine_for(model: Model, config: RunConfig, device: str) -> Engine:
     return load_whisper(
         model, device=device, language=config.language, task=config.task, words=config.words
     )
+
+
+def model_revision(model: Model, config: RunConfig) -> str:
+    """The model's revision, and the language model's if there is one, joined by `+`.
+
+    Raises:
+        Fatal: the language model cannot be read.
+    """
+    if config.language_model is None:
+        return model.revision
+    try:
+        return f"{model.revision}+{sha256(Path(config.language_model))[:16]}"
+    except OSError as error:
+        raise Fatal(
+            f"--lm {config.language_model} cannot be read ({error.strerror});"
+            " give a KenLM n-gram (.arpa or .bin)."
+        ) from None
 
 
 def refuse_impossible(engine: EngineName, config: RunConfig) -> None:
