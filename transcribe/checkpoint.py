@@ -40,6 +40,7 @@ def engine_of(path: Path, name: str, wanted: EngineName | None = None) -> Engine
     else:
         _check_safetensors(path, name)
         found = _transformers_engine(config, name)
+        _check_companions(path, name, found)
     if wanted is not None and wanted != found:
         raise Fatal(_wrong_engine(name, wanted, found))
     return found
@@ -175,6 +176,22 @@ def _transformers_engine(config: dict[str, Any], name: str) -> EngineName:
         return "ctc-transformers"
     told = ", ".join(architectures) or kind or "nothing told"
     raise Fatal(f"--model {name} is neither Whisper nor a CTC model ({told}).")
+
+
+def _check_companions(path: Path, name: str, engine: EngineName) -> None:
+    """What an engine needs beside the weights; better missed here than on a worker."""
+    needed: list[tuple[str, ...]] = [("tokenizer.json",)]
+    if engine == "ctc-transformers":
+        needed = [
+            ("preprocessor_config.json", "processor_config.json"),
+            ("vocab.json", "tokenizer.json", "tokenizer.model"),
+        ]
+    for choice in needed:
+        if not any((path / file).is_file() for file in choice):
+            raise Fatal(
+                f"--model {name} has no {' or '.join(choice)};"
+                " copy what came with the weights beside them."
+            )
 
 
 def _is_known(kind: str) -> bool:

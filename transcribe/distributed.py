@@ -29,6 +29,7 @@ from ray._raylet import GcsClient  # type: ignore[attr-defined]  # compiled
 
 from transcribe import pipeline
 from transcribe.config import Device
+from transcribe.engines.base import Engine
 from transcribe.engines.load import load_engine
 from transcribe.errors import Fatal, TranscribeError
 from transcribe.pipeline import Job, ShardSummary
@@ -267,17 +268,25 @@ class _Recogniser:
 
     def __init__(self, job: Job) -> None:
         self._job = job
-        self._engine = load_engine(job)
+        self._engine = _loaded(job)
 
     def __call__(self, row: _Row) -> _Row:
-        decoded = pickle.loads(row["decoded"])
+        decoded, engine = pickle.loads(row["decoded"]), self._engine
         if isinstance(decoded, _Stop):
             return {"recognised": row["decoded"]}
+        if isinstance(engine, _Stop):
+            return {"recognised": pickle.dumps(engine)}
         return {
-            "recognised": _guarded(
-                lambda: pipeline.recognise_shard(decoded, self._engine, self._job)
-            )
+            "recognised": _guarded(lambda: pipeline.recognise_shard(decoded, engine, self._job))
         }
+
+
+def _loaded(job: Job) -> Engine | _Stop:
+    """The engine, or why there is none; raised in an actor's making, it would be a traceback."""
+    try:
+        return load_engine(job)
+    except TranscribeError as error:
+        return _Stop(str(error))
 
 
 def _publish(row: _Row, job: Job) -> _Row:

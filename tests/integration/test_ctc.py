@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import shutil
+import subprocess
+import sys
 from itertools import pairwise
 from pathlib import Path
 
@@ -143,6 +145,23 @@ def test_the_whole_job_reads_digits(tiny_ctc_checkpoint, held_out, tmp_path) -> 
         assert (row["engine"], row["language"]) == ("ctc-transformers", None)
         words = [w["word"] for s in row["segments"] for w in s["words"]]
         assert " ".join(words) == row["text"]
+
+
+def test_a_checkpoint_that_only_a_worker_finds_unusable_ends_the_run_in_a_sentence(
+    tiny_ctc_checkpoint, held_out, tmp_path
+) -> None:
+    folder = shutil.copytree(tiny_ctc_checkpoint, tmp_path / "model")
+    (folder / "preprocessor_config.json").write_text('{"sampling_rate": "fast"}')
+    (tmp_path / "archive").mkdir()
+    soundfile.write(tmp_path / "archive" / "a.wav", held_out[0][1], 16_000)
+    run = subprocess.run(
+        [sys.executable, "-m", "jobs.transcribe", str(tmp_path / "archive"), str(tmp_path / "out"),
+         "--model", str(folder)],
+        capture_output=True, text=True, timeout=200,
+    )  # fmt: skip
+    assert run.returncode == 2
+    assert run.stderr.count("Error: --model") == 1
+    assert "Traceback" not in run.stdout + run.stderr
 
 
 # ---- random weights: shapes, padding, batches -------------------------------------------

@@ -151,6 +151,7 @@ def _transformers(at: Path, *, weights: bytes | None = None, **config: object) -
     at.mkdir(parents=True)
     (at / "config.json").write_text(json.dumps(config))
     (at / "tokenizer.json").write_text("{}")
+    (at / "preprocessor_config.json").write_text("{}")
     data = save({"w": np.zeros(3, np.float32)}) if weights is None else weights
     (at / "model.safetensors").write_bytes(data)
     return at
@@ -243,6 +244,18 @@ def test_a_missing_part_is_named(tmp_path: Path) -> None:
         models.resolve(str(folder))
 
 
+@pytest.mark.parametrize(
+    ("kind", "missing"),
+    [("whisper", "tokenizer.json"), ("wav2vec2", "tokenizer.json"),
+     ("wav2vec2", "preprocessor_config.json")],
+)  # fmt: skip
+def test_what_belongs_beside_the_weights_is_missed_by_name(tmp_path, kind, missing) -> None:
+    folder = _transformers(tmp_path / "m", model_type=kind)
+    (folder / missing).unlink()
+    with pytest.raises(Fatal, match=missing.replace(".", r"\.")):
+        models.resolve(str(folder))
+
+
 def test_an_engine_that_cannot_run_the_files_is_refused(tmp_path: Path) -> None:
     folder = _transformers(tmp_path / "m", model_type="whisper")
     assert models.resolve(str(folder), "whisper-transformers").engine == "whisper-transformers"
@@ -268,7 +281,9 @@ def test_a_prefix_is_fetched_once_for_each_state(cache: Path, tmp_path: Path) ->
     url = _uploaded(folder, "memory://bucket/fetched")
     first = models.resolve(url)
     assert first.path.is_relative_to(cache)
-    names = {"config.json", "tokenizer.json", "model.safetensors"}
+    names = {
+        "config.json", "tokenizer.json", "preprocessor_config.json", "model.safetensors"
+    }  # fmt: skip
     assert {p.name for p in first.path.iterdir()} == names
     assert first.revision == models.resolve(f"file://{folder}").revision
     before = (first.path / "config.json").stat().st_mtime_ns
