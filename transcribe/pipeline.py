@@ -27,7 +27,7 @@ from datetime import UTC, datetime
 import numpy as np
 import numpy.typing as npt
 
-from transcribe import decode, rows, storage
+from transcribe import decode, retries, rows, storage
 from transcribe.archive import Recording
 from transcribe.assemble import Coverage, assemble, coverage, coverage_breach
 from transcribe.config import ChannelMode, RunConfig
@@ -146,6 +146,7 @@ def run_shards(shards: Sequence[Shard], job: Job, engine: Engine) -> Iterator[Sh
 # ---- decode ---------------------------------------------------------------------------
 
 
+@retries.patient()
 def decode_shard(shard: Shard, config: RunConfig) -> DecodedShard:
     """Fetch, decode and find the speech of every recording of a shard.
 
@@ -172,7 +173,8 @@ def _read_ahead(
     with ThreadPoolExecutor(_READ_AHEAD) as pool:
         waiting: deque[tuple[Recording, Future[bytes]]] = deque()
         for recording in recordings:
-            waiting.append((recording, pool.submit(storage.read, recording.uri)))
+            reading = pool.submit(storage.read, recording.uri, recording.size_bytes)
+            waiting.append((recording, reading))
             if len(waiting) > _READ_AHEAD:
                 yield waiting.popleft()
         yield from waiting
@@ -375,6 +377,7 @@ def peak_bytes() -> int:
 # ---- publish --------------------------------------------------------------------------
 
 
+@retries.patient()
 def publish_shard(recognised: RecognisedShard, out: str) -> ShardSummary:
     """Write a shard's file and sum it up for the driver."""
     seconds = recognised.seconds

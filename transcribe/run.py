@@ -20,7 +20,7 @@ from typing import Any
 
 from rich.console import Console
 
-from transcribe import distributed, duplicates, models, publish, schema, storage
+from transcribe import distributed, duplicates, models, publish, retries, schema, storage
 from transcribe.archive import Recording, estimate_durations, list_archive
 from transcribe.config import RunConfig, fingerprint, result_settings
 from transcribe.duplicates import Duplicate
@@ -185,6 +185,7 @@ class _Clock:
     first_work: float = field(default_factory=time.monotonic)
 
 
+@retries.patient()
 def execute(plan: Plan, address: str | None, console: Console, log: io.StringIO) -> dict[str, Any]:
     """Run the plan on Ray and write the report.
 

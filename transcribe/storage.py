@@ -1,9 +1,12 @@
 """Objects by name: list, read, read a range, put whole, delete; local folders and buckets alike.
 
-Owns every call to fsspec and gcsfs, the retries, and the one place where the errors of file
-systems, HTTP and credentials become `BadAudio`, `Transient` or `Fatal`. It must not know what a
-recording, a manifest or a Parquet row is, and it must not import anything else of this package
-but the error tree.
+Owns every call to fsspec and gcsfs, and the one place where the errors of file systems, HTTP and
+credentials become `BadAudio`, `Transient` or `Fatal`. It must not know what a recording, a
+manifest or a Parquet row is, and it must not import anything else of this package but the error
+tree and `retries.py`, which says how often and how long a failure that may pass is tried again.
+
+What was read is whole or it is an error: its length, and on a bucket its checksum, are compared
+with what the store says of the object.
 
 Local files never pass through fsspec: its URL parsing stumbles over `#`, `?`, `%` and brackets in
 names. A local name that is not UTF-8 is listed as a percent-encoded `file://` URL, so that every
@@ -18,16 +21,18 @@ from __future__ import annotations
 
 import base64
 import errno
+import fcntl
 import functools
+import hashlib
 import io
+import json
 import logging
 import os
-import random
 import re
 import secrets
 import stat
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -35,6 +40,7 @@ from urllib.parse import quote, unquote_to_bytes
 
 import fsspec
 
+from transcribe import retries
 from transcribe.errors import BadAudio, Fatal, TranscribeError, Transient
 
 log = logging.getLogger(__name__)
@@ -45,9 +51,9 @@ Action = Literal["read", "list", "write", "write to", "delete", "open"]
 MISSING = "missing"
 """`ObjectInfo.version` of a name behind which no content was found (a broken symlink)."""
 
-TRIES = 5
-LAST_TRY_STARTS_WITHIN_S = 20.0
-FIRST_WAIT_S = 0.5
+_CONNECT_S, _SILENCE_S, _REQUEST_S = 20, 30, 300
+"""A request to a bucket ends after so many seconds without a connection, without a byte, in all:
+what comes slower than that is tried again. Whoever reads large objects reads them in ranges."""
 
 # Network mounts answer with these when a server is away for a moment.
 _PASSING_ERRNOS = frozenset(
@@ -417,40 +423,131 @@ def _level_regex(level: str) -> str:
 # ---------------------------------------------------------------- reading and writing
 
 
-def read(uri: str) -> bytes:
-    """Read a whole object.
+def read(uri: str, listed_bytes: int | None = None) -> bytes:
+    """Read a whole object, and make sure that it is whole.
+
+    A bucket says checksum and length of what it sends; they are compared with what arrived, so
+    an object that was replaced since it was listed is read as it is now. Objects stored with a
+    content encoding (gzip) arrive unpacked and are not checked so. Other stores say nothing, and
+    `listed_bytes` is compared instead.
+
+    Args:
+        uri: the object.
+        listed_bytes: its length by the listing; None or 0 if that is not known.
 
     Raises:
         BadAudio: it is gone (`missing`), may not be read (`forbidden`), is no regular file
-            (`not_a_file`), or the store refuses it (`unreadable`).
+            (`not_a_file`), or the store refuses it (`unreadable`), also by sending something
+            else again and again while it answers otherwise.
         Transient: the store did not answer, after retries.
         Fatal: no credentials, or an unknown scheme.
     """
-    return _attempt("read", uri, lambda: _read(uri))
+    return _attempt("read", uri, lambda: _read(uri, listed_bytes), of_content=True)
 
 
-def _read(uri: str) -> bytes:
+def _read(uri: str, listed_bytes: int | None = None) -> bytes:
     if not is_remote(uri):
         with _open_regular(uri) as file:
             return file.read()
+    if _is_gcs(uri):
+        content, is_checked = _get_whole(uri)
+    else:
+        fs, path = _remote(uri)
+        content, is_checked = bytes(fs.cat_file(path)), False
+    if listed_bytes and not is_checked and len(content) != listed_bytes:
+        now = _info(uri)  # replaced since it was listed?
+        if now is not None and now.size_bytes != len(content):
+            raise _Incomplete(f"{len(content):,} of {now.size_bytes:,} bytes arrived")
+    return content
+
+
+class _Incomplete(Exception):
+    """What arrived is not what is stored: a connection that broke unnoticed."""
+
+
+def _get_whole(uri: str) -> tuple[bytes, bool]:
+    """Download from a bucket: the bytes, and whether they could be checked.
+
+    Raises:
+        _Incomplete: length or checksum differ from what the store says of the object.
+    """
     fs, path = _remote(uri)
-    return bytes(fs.cat_file(path))
+    answer, content = fs.call("GET", fs.url(path))
+    is_unpacked = answer.get("Content-Encoding", "identity") != "identity"
+    is_unpacked |= answer.get("X-Goog-Stored-Content-Encoding", "identity") != "identity"
+    if is_unpacked:
+        return content, True
+    stored = answer.get("X-Goog-Stored-Content-Length")
+    if stored is not None and int(stored) != len(content):
+        raise _Incomplete(f"{len(content):,} of {int(stored):,} bytes arrived")
+    return content, _check_sum(answer, content) or stored is not None
 
 
-def read_range(uri: str, start: int, length: int) -> bytes:
-    """Read `length` bytes from byte `start`, fewer where the object ends; raises as `read`."""
+def _get_range(uri: str, start: int, length: int, version: str | None) -> bytes:
+    """Download a range from a bucket.
+
+    Raises:
+        _Incomplete: it is not the range that was asked for, or not all of it.
+    """
+    fs, path = _remote(uri)
+    url = fs.url(path, generation=version if version and version.isdigit() else None)
+    answer, content = fs.call("GET", url, headers={"Range": f"bytes={start}-{start + length - 1}"})
+    said = re.match(r"bytes (\d+)-(\d+)/(\d+)", answer.get("Content-Range", ""))
+    if said is None:  # an object that comes unpacked comes whole
+        return bytes(content[start : start + length])
+    size = int(said[3])
+    wanted = max(0, min(size, start + length) - start)
+    if len(content) != wanted or (wanted and int(said[1]) != start):
+        raise _Incomplete(f"{len(content):,} of {wanted:,} bytes arrived")
+    return bytes(content)
+
+
+def _check_sum(answer: Mapping[str, str], content: bytes) -> bool:
+    """Compare with the checksum of the answer: CRC32C, which composed objects have too, or MD5."""
+    # There are two headers of this name; a plain mapping of a test has one.
+    lines = answer.getall("X-Goog-Hash", []) if hasattr(answer, "getall") else []
+    sums = dict(each.strip().split("=", 1) for line in lines for each in line.split(",") if each)
+    if "crc32c" in sums:
+        import google_crc32c
+
+        arrived = google_crc32c.value(content).to_bytes(4, "big")
+    elif "md5" in sums:
+        arrived = hashlib.md5(content, usedforsecurity=False).digest()
+    else:
+        return False
+    if base64.b64encode(arrived).decode() != sums.get("crc32c", sums.get("md5")):
+        raise _Incomplete(f"{len(content):,} bytes arrived, with another checksum")
+    return True
+
+
+def read_range(uri: str, start: int, length: int, version: str | None = None) -> bytes:
+    """Read `length` bytes from byte `start`, fewer only where the object ends.
+
+    Args:
+        uri: the object.
+        start: first byte.
+        length: how many.
+        version: as listed (`ObjectInfo.version`). On a bucket, an object that was replaced since
+            is then `missing`, so that several ranges are of one content.
+
+    Raises:
+        As `read`.
+    """
     if length <= 0:
         return b""
-    return _attempt("read", uri, lambda: _read_range(uri, start, length))
+    asked = functools.partial(_read_range, uri, start, length, version)
+    return _attempt("read", uri, asked, of_content=True)
 
 
-def _read_range(uri: str, start: int, length: int) -> bytes:
+def _read_range(uri: str, start: int, length: int, version: str | None) -> bytes:
     if not is_remote(uri):
         with _open_regular(uri) as file:
             file.seek(start)
             return file.read(length)
-    fs, path = _remote(uri)
     try:
+        if _is_gcs(uri):
+            return _get_range(uri, start, length, version)
+        fs, path = _remote(uri)
         return bytes(fs.cat_file(path, start=start, end=start + length))
     except Exception as error:
         if _http_status(error) == 416:  # the range begins at or after the end
@@ -480,7 +577,7 @@ def put(uri: str, data: bytes) -> None:
     _attempt("write", uri, lambda: _put(uri, data))
 
 
-def _put(uri: str, data: bytes) -> None:
+def _put(uri: str, data: bytes, is_locked: bool = False) -> None:
     if is_remote(uri):
         fs, name = _remote(uri)
         fs.pipe_file(name, data)
@@ -494,9 +591,108 @@ def _put(uri: str, data: bytes) -> None:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
-        temporary.replace(path)
+        with nullcontext() if is_locked else _folder_locked(uri):
+            temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def put_if(uri: str, data: bytes, version: str | None) -> str | None:
+    """Write a whole object only if what is there is what is known: nobody else came between.
+
+    Buckets decide by themselves (`ifGenerationMatch`); local writers of this package take turns
+    by a lock of the folder. On other stores a moment remains between looking and writing.
+
+    Args:
+        uri: the object.
+        data: its new content.
+        version: of the content to replace (`ObjectInfo.version`); None to make a new object.
+
+    Returns:
+        The version written; None if something else is there, or nothing any more.
+
+    Raises:
+        As `put`.
+    """
+    return _attempt("write", uri, lambda: _put_if(uri, data, version))
+
+
+def _put_if(uri: str, data: bytes, version: str | None) -> str | None:
+    if not _is_gcs(uri):
+        if not is_remote(uri):
+            Path(_local(uri)).parent.mkdir(parents=True, exist_ok=True)
+        with _folder_locked(uri):
+            if _version(uri) != version:
+                return None
+            _put(uri, data, is_locked=True)
+            return _version(uri)
+    fs, path = _remote(uri)
+    bucket, _, key = path.partition("/")
+    conditions = {"uploadType": "media", "name": key, "ifGenerationMatch": version or "0"}
+    address = f"{fs._location}/upload/storage/v1/b/{bucket}/o"
+    headers = {"Content-Type": "application/octet-stream"}
+    try:
+        written = fs.call("POST", address, headers=headers, data=data, json_out=True, **conditions)
+    except FileExistsError:
+        # Perhaps by us: a try before this one was stored and its answer lost.
+        there = _found(uri)
+        mine = hashlib.md5(data, usedforsecurity=False).hexdigest()
+        return there.version if there is not None and there.md5 == mine else None
+    return str(written["generation"])
+
+
+def delete_if(uri: str, version: str) -> bool:
+    """Remove an object if it is still of this version; False if another one is there.
+
+    One that is gone already is fine. Raises `Transient`, `Fatal`.
+    """
+    return _attempt("delete", uri, lambda: _delete_if(uri, version))
+
+
+def _delete_if(uri: str, version: str) -> bool:
+    if not _is_gcs(uri):
+        with _folder_locked(uri):
+            there = _version(uri)
+            if there == version:
+                _delete(uri)
+            return there in (None, version)
+    fs, path = _remote(uri)
+    bucket, _, key = path.partition("/")
+    try:
+        fs.call("DELETE", "b/{}/o/{}", bucket, key, ifGenerationMatch=version)
+    except FileNotFoundError:
+        return True
+    except FileExistsError:  # of another version, or removed by a try whose answer was lost
+        return _found(uri) is None
+    return True
+
+
+def _found(uri: str) -> ObjectInfo | None:
+    try:
+        return _info(uri)
+    except FileNotFoundError:
+        return None
+
+
+def _version(uri: str) -> str | None:
+    found = _found(uri)
+    return None if found is None else found.version
+
+
+@contextmanager
+def _folder_locked(uri: str) -> Iterator[None]:
+    """Keep the other writers of this package out of a local folder for the moment of a rename."""
+    if is_remote(uri):
+        yield
+        return
+    folder = os.open(Path(_local(uri)).parent, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        # Where the mount knows no locks, a moment remains open between looking and renaming.
+        with suppress(OSError):
+            fcntl.flock(folder, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(folder)
 
 
 def exists(uri: str) -> bool:
@@ -646,42 +842,63 @@ def _gcs(emulator: str) -> Any:
     # It logs whole tracebacks of what is translated and reported here.
     logging.getLogger("gcsfs").setLevel(logging.CRITICAL)
     kind = gcsfs.core.GCSFileSystem if emulated else gcsfs.GCSFileSystem
-    return kind(
+    timeout = aiohttp.ClientTimeout(_REQUEST_S, sock_connect=_CONNECT_S, sock_read=_SILENCE_S)
+    return _with_single_tries(kind)(
         token="anon" if emulated else "google_default",
         consistency="md5",
-        session_kwargs={"timeout": aiohttp.ClientTimeout(total=600, sock_connect=20, sock_read=30)},
+        requests_timeout=timeout,  # a timeout of its session would be overridden with none at all
         use_listings_cache=False,
         skip_instance_cache=True,
     )
 
 
+def _with_single_tries(kind: Any) -> Any:
+    """`kind` without the retries of gcsfs: half a minute a call that nobody can shorten or see."""
+
+    from gcsfs.retry import HttpError
+
+    single_try = kind._request.__wrapped__
+
+    class SingleTries(kind):  # type: ignore[misc]
+        async def _request(self, *args: Any, **kwargs: Any) -> Any:
+            try:
+                return await single_try(self, *args, **kwargs)
+            except HttpError as error:
+                if _http_status(error) != 401:
+                    raise
+            return await single_try(self, *args, **kwargs)  # the token ended on its way
+
+    return SingleTries
+
+
 # ---------------------------------------------------------------- errors
 
 
-def _attempt(action: Action, uri: str, operation: Callable[[], T]) -> T:
-    """Run `operation`, again after a passing failure, and translate what it raises.
+def _attempt(action: Action, uri: str, operation: Callable[[], T], of_content: bool = False) -> T:
+    """Run `operation`, again after a passing failure (`retries.py`), and translate what it raises.
 
-    Waits grow from half a second, doubled each time, each drawn between nothing and the whole
-    (full jitter). gcsfs waits by itself for up to half a minute before it gives up, so no new try
-    starts later than `LAST_TRY_STARTS_WITHIN_S`.
+    If reading a content failed to the end while the store answers otherwise, that is the object's
+    own matter: one row fails, not the run.
     """
-    started = time.monotonic()
-    n_tries = 0
-    while True:
-        n_tries += 1
-        try:
-            return operation()
-        except TranscribeError:
-            raise
-        except Exception as error:
-            translated = _translated(error, action, uri)
-            if translated is None:
-                raise
-            wait_s = random.uniform(0, FIRST_WAIT_S * 2 ** (n_tries - 1))
-            late = time.monotonic() - started + wait_s > LAST_TRY_STARTS_WITHIN_S
-            if not isinstance(translated, Transient) or n_tries == TRIES or late:
-                raise translated from error
-        time.sleep(wait_s)
+
+    def blame(failure: Transient) -> TranscribeError:
+        if of_content and _answers(uri):
+            return BadAudio("unreadable", f"{failure}, while its store answers otherwise")
+        return failure
+
+    return retries.attempt(operation, lambda error: _translated(error, action, uri), blame)
+
+
+def _answers(uri: str) -> bool:
+    """Whether the store of an object says anything of it, be it that it is not there."""
+    try:
+        if is_remote(uri):
+            _info(uri)
+        else:
+            next(iter(os.scandir(Path(_local(uri)).parent)), None)
+    except Exception as error:
+        return not isinstance(_translated(error, "read", uri), Transient)
+    return True
 
 
 def _translated(error: Exception, action: Action, uri: str) -> TranscribeError | None:
@@ -735,7 +952,7 @@ def _translated_remote(error: Exception, action: Action, uri: str) -> Transcribe
             "or give the machine a service account"
         )
     reason = _reason(error, status)
-    if _is_passing(error, status):
+    if isinstance(error, (_Incomplete, json.JSONDecodeError)) or _is_passing(error, status):
         return Transient(f"cannot {action} {_shown(uri)}: {reason}")
     if isinstance(error, OSError) or status is not None or _is_bad_request(error):
         if action == "read":
@@ -785,6 +1002,8 @@ def _is_bad_request(error: Exception) -> bool:
 
 def _reason(error: Exception, status: int | None) -> str:
     """Why, without the text of client errors: it may hold a signed address."""
+    if isinstance(error, _Incomplete):
+        return str(error)
     if status is not None:
         return f"HTTP status {status}"
     return type(error).__name__
