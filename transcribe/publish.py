@@ -7,6 +7,7 @@ nothing of audio or Ray.
     OUT/settings.json            what the transcripts were made with; one OUT, one settings
     OUT/transcripts/<shard>.parquet
     OUT/runs/<run_id>/           config.json, log.txt, metrics.parquet, report.json
+    OUT/runs/alive-<...>.json    while a run is at work; see claims.py
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from transcribe import schema, storage
-from transcribe.errors import Fatal
+from transcribe.errors import Fatal, Transient
 
 Row = dict[str, Any]
 
@@ -96,15 +97,22 @@ def read_published(out: str) -> Published:
     Raises:
         Fatal: a transcript file cannot be read.
     """
+    return _index(_transcript_files(out))
+
+
+def _index(urls: Iterable[str]) -> Published:
     tables = []
-    for url in _transcript_files(out):
-        table = _read(url, _INDEX_COLUMNS)
+    for url in urls:
+        table = _read_if_there(url, _INDEX_COLUMNS)
+        if table is None:
+            continue
         tables.append(table.append_column("file", pa.array([url] * len(table), pa.string())))
     empty = pa.schema(
         [*(schema.TRANSCRIPT.field(c) for c in _INDEX_COLUMNS), ("file", pa.string())]
     )
     table = pa.concat_tables(tables) if tables else empty.empty_table()
-    return Published(table.sort_by("transcribed_at"))
+    # The file decides between rows of one moment, so that every run picks the same.
+    return Published(table.sort_by([("transcribed_at", "ascending"), ("file", "ascending")]))
 
 
 def read_rows(published: Published, uris: set[str], columns: Sequence[str]) -> list[Row]:
@@ -146,16 +154,30 @@ def read_whole_rows(out: str, recording_ids: Collection[str]) -> Iterator[Row]:
     for recording_id, url in newest.items():
         ids_in.setdefault(url, []).append(recording_id)
     for url, here in sorted(ids_in.items()):
-        rows = _read(url)
+        rows = _read_if_there(url)
+        if rows is None:
+            continue
         wanted = pc.is_in(rows["recording_id"], pa.array(here, pa.string()))
         yield from rows.filter(wanted).to_pylist()
 
 
-def _transcript_files(out: str) -> list[str]:
+def _transcript_files(out: str) -> dict[str, str]:
+    """Every transcript file's URL with its version."""
     folder = transcripts_url(out)
     if not storage.exists(folder):
-        return []
-    return [o.uri for o in storage.list_objects(folder) if o.uri.endswith(".parquet")]
+        return {}
+    found = storage.list_objects(folder)
+    return {o.uri: o.version for o in found if o.uri.endswith(".parquet")}
+
+
+def _read_if_there(url: str, columns: list[str] | None = None) -> pa.Table | None:
+    """As `_read`; None if another run has settled the file away since it was listed."""
+    try:
+        return _read(url, columns)
+    except Fatal:
+        if storage.info(url) is None:
+            return None
+        raise
 
 
 def _read(url: str, columns: list[str] | None = None) -> pa.Table:
@@ -198,23 +220,47 @@ def _not_ours(url: str, reason: str) -> Fatal:
 def settle(out: str) -> int:
     """Leave one row for each recording: the newest row of a URI wins.
 
-    A changed object, or a shard that a dying cluster published late, leaves an older row
-    behind. Files that hold such rows are rewritten without them, each in one atomic step,
-    so that a run that ends in the middle of this loses nothing.
+    A changed object, a shard that a dying cluster published late, or another run at work in the
+    same OUT leaves an older row behind. Files that hold such rows are rewritten without them, each
+    in one atomic step, so that a run that ends in the middle of this loses nothing.
+
+    Two runs may settle at once, or one while another publishes: a row is only dropped from the
+    very version of the file in which it was seen beside a newer one (a condition that the store
+    checks), so the newest row of a URI is never dropped by anybody.
 
     Returns:
         Number of superseded rows removed.
+
+    Raises:
+        Fatal: a transcript file cannot be read.
+        Transient: files changed each time they had been looked at.
     """
-    table = read_published(out).table
+    removed = 0
+    for _ in range(_SETTLE_ROUNDS):
+        dropped, is_settled = _settle_once(out)
+        removed += dropped
+        if is_settled:
+            return removed
+    raise Transient(f"other runs keep changing {transcripts_url(out)}; run the same command again")
+
+
+_SETTLE_ROUNDS = 20
+
+
+def _settle_once(out: str) -> tuple[int, bool]:
+    """Drop what is superseded; also says whether nobody came between."""
+    versions = _transcript_files(out)  # before they are read: what is newer is left alone
+    table = _index(versions).table
     newest: dict[str, int] = {uri: i for i, uri in enumerate(table["uri"].to_pylist())}
     kept = set(newest.values())
     stale_files: dict[str, int] = {}
     for i, url in enumerate(table["file"].to_pylist()):
         if i not in kept:
             stale_files[url] = stale_files.get(url, 0) + 1
-    for url in stale_files:
-        _rewrite(url, _kept_uris(table, kept, url))
-    return sum(stale_files.values())
+    done = [
+        url for url in stale_files if _rewrite(url, versions[url], _kept_uris(table, kept, url))
+    ]
+    return sum(stale_files[url] for url in done), len(done) == len(stale_files)
 
 
 def _kept_uris(table: pa.Table, kept: Iterable[int], url: str) -> set[tuple[str, str]]:
@@ -222,21 +268,26 @@ def _kept_uris(table: pa.Table, kept: Iterable[int], url: str) -> set[tuple[str,
     return {(ids[i], uris[i]) for i in kept if files[i] == url}
 
 
-def _rewrite(url: str, keep: set[tuple[str, str]]) -> None:
+def _rewrite(url: str, version: str, keep: set[tuple[str, str]]) -> bool:
+    """Leave `keep` in a file; False if it is not of this version any more."""
     if not keep:
-        storage.delete(url)
-        return
-    table = _read(url)
+        return storage.delete_if(url, version)
+    table = _read_if_there(url)
+    if table is None:
+        return False
     pairs = zip(table["recording_id"].to_pylist(), table["uri"].to_pylist(), strict=True)
     mask = pa.array([pair in keep for pair in pairs], pa.bool_())
-    storage.put(url, _table_bytes(table.filter(mask)))
+    return storage.put_if(url, _table_bytes(table.filter(mask)), version) is not None
 
 
 def status_counts(out: str) -> dict[str, int]:
     """Number of published rows by status, over everything in OUT."""
     counts: dict[str, int] = {"ok": 0, "empty": 0, "failed": 0}
     for url in _transcript_files(out):
-        for entry in pc.value_counts(_read(url, ["status"])["status"]).to_pylist():
+        table = _read_if_there(url, ["status"])
+        if table is None:
+            continue
+        for entry in pc.value_counts(table["status"]).to_pylist():
             counts[entry["values"]] = counts.get(entry["values"], 0) + entry["counts"]
     return counts
 

@@ -22,6 +22,7 @@ from rich.console import Console
 
 from transcribe import distributed, duplicates, models, publish, retries, schema, storage
 from transcribe.archive import Recording, estimate_durations, list_archive
+from transcribe.claims import Claim
 from transcribe.config import RunConfig, fingerprint, result_settings
 from transcribe.duplicates import Duplicate
 from transcribe.engines.load import FAKE_MODEL, model_revision, refuse_impossible
@@ -59,20 +60,29 @@ def new_run_id() -> str:
     return f"{datetime.now(UTC):%Y%m%dT%H%M%SZ}-{secrets.token_hex(2)}"
 
 
-def prepare(config: RunConfig, say: Callable[[str], None]) -> Plan:
+def prepare(
+    config: RunConfig, say: Callable[[str], None], claim: Callable[[], None] = lambda: None
+) -> Plan:
     """List the archive, subtract what is done and what is there twice, cut the rest into shards.
 
     What can be refused is refused here, before a worker starts and before OUT is touched,
     but for rows that an earlier run left superseded.
 
+    Args:
+        config: the settings.
+        say: told what is found.
+        claim: called before anything in OUT is changed.
+
     Raises:
-        Fatal: a missing archive, an unwritable OUT, an unknown model, other settings in OUT.
+        Fatal: a missing archive, an unwritable OUT, an unknown model, other settings in OUT, or
+            `claim` refuses.
     """
     recordings = list_archive(config.archive)
     storage.check_writable(config.out)
     revision, engine = _model_facts(config)
     settings = result_settings(config, revision, engine)
     publish.check_settings(config.out, settings)
+    claim()
     superseded = publish.settle(config.out)
     if superseded:
         say(f"Removed {superseded} rows that an earlier run had left superseded.")
@@ -132,8 +142,9 @@ def transcribe(config: RunConfig, address: str | None, console: Console) -> dict
     config = replace(
         config, archive=storage.absolute(config.archive), out=storage.absolute(config.out)
     )
-    with _logging_to(console) as log:
-        plan = prepare(config, _saying(console))
+    say = _saying(console)
+    with _logging_to(console) as log, Claim(config.out, config.archive, say) as claim:
+        plan = prepare(config, say, claim.take)
         if not plan.shards and not plan.duplicates:
             return _finish(plan, distributed.Placement("cpu", 0), [], _Clock())
         return execute(plan, address, console, log)

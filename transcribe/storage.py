@@ -136,7 +136,7 @@ def _local_uri(path: str) -> str:
     return path
 
 
-def _shown(uri: str) -> str:
+def shown(uri: str) -> str:
     """`uri` for a message: without what may be a secret (user:password@, signed query)."""
     if uri[:4].lower() == "http":
         uri = uri.partition("?")[0]
@@ -369,7 +369,7 @@ def _something(found: Iterator[ObjectInfo], url: str) -> Iterator[ObjectInfo]:
 
 def _nothing_there(url: str) -> Fatal:
     what = "nothing matches, so it" if _GLOB_SIGNS.search(url) else "it"
-    return Fatal(f"{_shown(_local_uri(url))}: {what} does not exist; check the name")
+    return Fatal(f"{shown(_local_uri(url))}: {what} does not exist; check the name")
 
 
 def _glob(pattern: str) -> tuple[str, Callable[[str], bool], Callable[[str], bool]]:
@@ -395,7 +395,7 @@ def _glob(pattern: str) -> tuple[str, Callable[[str], bool], Callable[[str], boo
         matching = re.compile(objects + "(?:/.*)?", re.DOTALL)
         entering = re.compile(folders + "(?:/.*)?" + closing, re.DOTALL)
     except re.error as error:
-        raise Fatal(f"{_shown(pattern)} is not a glob: {error.msg}; check its brackets") from error
+        raise Fatal(f"{shown(pattern)} is not a glob: {error.msg}; check its brackets") from error
     return (
         root,
         lambda path: matching.fullmatch(path) is not None,
@@ -761,7 +761,7 @@ def open_parquet_source(uri: str) -> io.BufferedReader:
         return io.BufferedReader(_needed(lambda: _attempt("open", uri, lambda: _open_regular(uri))))
     found = info(uri)
     if found is None:
-        raise Fatal(f"{_shown(uri)} does not exist or may not be read; check the name")
+        raise Fatal(f"{shown(uri)} does not exist or may not be read; check the name")
     return io.BufferedReader(_Ranges(uri, found.size_bytes), buffer_size=1 << 20)
 
 
@@ -938,26 +938,26 @@ def _translated_remote(error: Exception, action: Action, uri: str) -> Transcribe
     status = _http_status(error)
     if isinstance(error, FileNotFoundError) or status == 404:
         if action == "read":
-            return BadAudio("missing", f"{_shown(uri)} does not exist")
-        bucket = "/".join(_shown(uri).split("/")[:3])
-        return Fatal(f"cannot {action} {_shown(uri)}: {bucket} does not exist; check the name")
+            return BadAudio("missing", f"{shown(uri)} does not exist")
+        bucket = "/".join(shown(uri).split("/")[:3])
+        return Fatal(f"cannot {action} {shown(uri)}: {bucket} does not exist; check the name")
     if isinstance(error, PermissionError) or status == 403 or str(error).startswith("Forbidden"):
         if action == "read":
-            return BadAudio("forbidden", f"{_shown(uri)} may not be read with these credentials")
+            return BadAudio("forbidden", f"{shown(uri)} may not be read with these credentials")
         role = "roles/storage.objectViewer" if action == "list" else "roles/storage.objectUser"
-        return Fatal(f"no permission to {action} {_shown(uri)}; on Google Cloud grant {role}")
+        return Fatal(f"no permission to {action} {shown(uri)}; on Google Cloud grant {role}")
     if status == 401 or _is_credential_error(error):
         return Fatal(
-            f"no valid credentials for {_shown(uri)}; run `gcloud auth application-default login` "
+            f"no valid credentials for {shown(uri)}; run `gcloud auth application-default login` "
             "or give the machine a service account"
         )
     reason = _reason(error, status)
     if isinstance(error, (_Incomplete, json.JSONDecodeError)) or _is_passing(error, status):
-        return Transient(f"cannot {action} {_shown(uri)}: {reason}")
+        return Transient(f"cannot {action} {shown(uri)}: {reason}")
     if isinstance(error, OSError) or status is not None or _is_bad_request(error):
         if action == "read":
-            return BadAudio("unreadable", f"{_shown(uri)} cannot be read: {reason}")
-        return Fatal(f"cannot {action} {_shown(uri)}: {reason}; check the address")
+            return BadAudio("unreadable", f"{shown(uri)} cannot be read: {reason}")
+        return Fatal(f"cannot {action} {shown(uri)}: {reason}; check the address")
     return None
 
 

@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import random
+import subprocess
+import sys
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
+import pyarrow.parquet as pq
 import pytest
 
 from tests.integration.faulty_bucket import DONE_BUT_UNSAID, PASSING, FaultyBucket
@@ -185,3 +190,56 @@ def test_a_condition_decides_who_writes(gcs_bucket: str, faulty: FaultyBucket) -
     faulty.due["delete"] = deque(["lost"])
     assert storage.delete_if(uri, second)
     assert not storage.exists(uri)
+
+
+# ---------------------------------------------------------------- whole runs
+
+
+def _command(archive: str, out: str) -> list[str]:
+    flags = ["--model", "fake", "--shard-minutes", "0.05", "--max-failed", "0.5"]
+    return [sys.executable, "-m", "jobs.transcribe", archive, out, *flags]
+
+
+def _start(archive: str, out: str, **env: str) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        _command(archive, out),
+        env={**os.environ, **env},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def _rows(out: Path) -> list[dict]:
+    return pq.read_table(out / "transcripts").sort_by("uri").to_pylist()
+
+
+def _texts(rows: list[dict]) -> list[tuple]:
+    return [(r["uri"].rpartition("/")[2], r["status"], r["error_kind"], r["text"]) for r in rows]
+
+
+def test_of_two_runs_started_at_once_one_is_refused(tmp_path: Path, write_archive) -> None:
+    calls, out = write_archive(tmp_path / "calls", 4), tmp_path / "out"
+    runs = [_start(str(calls), str(out)) for _ in range(2)]
+    said = [run.communicate(timeout=200) for run in runs]
+    codes = [run.returncode for run in runs]
+    assert sorted(codes) == [0, 2], said
+    refusal = said[codes.index(2)][1]
+    other = runs[codes.index(0)]
+    assert f"Error: Another run of {calls} (process {other.pid} of " in refusal
+    assert refusal.count("\n") == 1
+    rows = _rows(out)
+    assert [row["uri"] for row in rows] == [str(p) for p in sorted(calls.iterdir())]
+    assert len({row["run_id"] for row in rows}) == 1
+    assert list((out / "runs").glob("alive-*")) == []
+
+
+def test_two_runs_of_overlapping_archives_share_one_out(tmp_path: Path, write_archive) -> None:
+    calls, out = write_archive(tmp_path / "calls", 4), tmp_path / "out"
+    more = write_archive(calls / "more", 2)
+    runs = [_start(str(calls), str(out)), _start(str(more), str(out))]
+    said = [run.communicate(timeout=200) for run in runs]
+    assert [run.returncode for run in runs] == [0, 0], said
+    rows = _rows(out)
+    assert [row["uri"] for row in rows] == sorted(str(p) for p in calls.rglob("*.wav"))
+    assert list((out / "runs").glob("alive-*")) == []
