@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo test check lock clean
+.PHONY: demo test check audit lock clean
 
 demo: $(INSTALLED)
 	$(BIN)/python -m jobs.demo
@@ -17,6 +17,12 @@ check: $(INSTALLED)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# Known vulnerabilities of what the lock pins; needs the internet, so it is no part of `check`.
+audit:
+	$(PYTHON) -m venv build/audit
+	build/audit/bin/python -m pip install --quiet pip-audit
+	build/audit/bin/pip-audit --no-deps --disable-pip --requirement requirements.lock
 
 # The lock says which versions; pyproject.toml says which packages are meant.
 $(INSTALLED): requirements.lock pyproject.toml

@@ -38,6 +38,7 @@ import pyarrow.parquet as pq
 from transcribe import storage
 from transcribe.errors import BadAudio, Fatal, Transient
 from transcribe.headerless import Headerless
+from transcribe.printable import without_secrets
 
 log = logging.getLogger(__name__)
 
@@ -120,7 +121,7 @@ def list_archive(archive: str) -> list[Recording]:
 
 
 def _recording(found: storage.ObjectInfo, metadata: str | None) -> Recording:
-    identity = json.dumps([found.uri, found.version, found.size_bytes])
+    identity = json.dumps([without_secrets(found.uri), found.version, found.size_bytes])
     return Recording(
         recording_id=hashlib.sha256(identity.encode()).hexdigest()[:32],
         uri=found.uri,
@@ -176,11 +177,13 @@ def _from_manifest(url: str) -> list[Recording]:
     folder = url.rpartition("/")[0] or "/"
     metadata: dict[str, str] = {}
     repeated: list[str] = []
+    named: set[str] = set()
     for row in manifest_rows(url):
         uri = resolved(row.pop("uri"), folder)
-        if uri in metadata:
+        if without_secrets(uri) in named:
             repeated.append(uri)
         else:
+            named.add(without_secrets(uri))
             metadata[uri] = _json(row)
     if repeated:
         log.warning(

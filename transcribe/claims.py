@@ -31,6 +31,7 @@ from types import TracebackType
 
 from transcribe import storage
 from transcribe.errors import BadAudio, Fatal, TranscribeError
+from transcribe.printable import redacted
 
 _LOG = logging.getLogger(__name__)
 
@@ -78,10 +79,10 @@ class Claim:
 
     def __init__(self, out: str, archive: str, say: Callable[[str], None]) -> None:
         self._out, self._say = out, say
-        self._url = _url(out, archive)
+        self._url = _url(out, redacted(archive))
         self._me = Holder(
             token=secrets.token_hex(8),
-            archive=storage.shown(archive),
+            archive=redacted(archive),
             user=_user(),
             host=platform.node(),
             machine=_machine(),
@@ -151,7 +152,7 @@ class Claim:
             if now.version != version:
                 raise Fatal(
                     f"{holder.sentence[0].upper()}{holder.sentence[1:]} is at work in"
-                    f" {storage.shown(self._out)}: wait until it ends, or end it, and run the same"
+                    f" {redacted(self._out)}: wait until it ends, or end it, and run the same"
                     " command again."
                 )
 

@@ -21,6 +21,7 @@ from rich.console import Console
 
 from transcribe.config import EMBEDDED_MODEL, RunConfig
 from transcribe.errors import TranscribeError
+from transcribe.printable import printable
 
 app = typer.Typer(
     help="Transcribe archives of audio recordings on Ray: one Parquet row per recording.",
@@ -275,7 +276,12 @@ def _exit_code(result: dict[str, Any], max_failed: float, console: Console) -> i
 
 def _complain(message: object) -> None:
     Console(stderr=True).print(
-        f"Error: {message}", style="red", highlight=False, markup=False, soft_wrap=True
+        f"Error: {printable(str(message))}",
+        style="red",
+        highlight=False,
+        markup=False,
+        emoji=False,
+        soft_wrap=True,
     )
 
 
@@ -312,7 +318,9 @@ def score(
     console = Console()
     try:
         for line in _score(out, reference, worst, json_file):
-            console.print(line, highlight=False, markup=False, emoji=False, soft_wrap=True)
+            console.print(
+                printable(line), highlight=False, markup=False, emoji=False, soft_wrap=True
+            )
     except TranscribeError as error:
         _complain(error)
         raise typer.Exit(2) from None

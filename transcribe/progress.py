@@ -11,6 +11,7 @@ from types import TracebackType
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 
+from transcribe.printable import printable
 from transcribe.report import Totals
 
 _LOG_EVERY_S = 10.0
@@ -94,7 +95,8 @@ def print_summary(console: Console, result: dict[str, object]) -> None:
     lines = _summary_lines(result)
     width = max(len(label) for label, _ in lines) + 2
     for label, text in lines:
-        console.print(f"{label:{width}}{text}", highlight=False, markup=False, soft_wrap=True)
+        line = printable(f"{label:{width}}{text}")
+        console.print(line, highlight=False, markup=False, emoji=False, soft_wrap=True)
 
 
 def _summary_lines(result: dict[str, object]) -> list[tuple[str, str]]:

@@ -108,11 +108,19 @@ def attempt(
             wait_s = random.uniform(0, longest)
             spent, limit = time.monotonic() - started, _patience.seconds
             if spent + wait_s > limit:
-                raise blame(Transient(f"{failure} (tried for {_minutes(spent)})")) from error
+                raise _final(
+                    blame(Transient(f"{failure} (tried for {_minutes(spent)})"))
+                ) from error
             if spent > _SAY_AFTER_S and _patience.is_time_to_say():
                 log.warning("%s; trying again for up to %s", failure, _minutes(limit))
         time.sleep(wait_s)
         longest = min(2 * longest, LONGEST_WAIT_S)
+
+
+def _final(failure: TranscribeError) -> TranscribeError:
+    if isinstance(failure, Transient):
+        return Transient(f"{failure}; run the same command again when it answers")
+    return failure
 
 
 def _minutes(seconds: float) -> str:

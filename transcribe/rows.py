@@ -13,6 +13,7 @@ from typing import Any
 from transcribe.archive import Recording
 from transcribe.assemble import Assembled, Coverage, Segment
 from transcribe.errors import BadAudio
+from transcribe.printable import redacted, without_secrets
 
 Row = dict[str, Any]
 
@@ -59,7 +60,7 @@ def spoken_row(
         "speech_duration": sum(c.speech for c in coverage),
         "status": "ok" if assembled.text else "empty",
         "error_kind": problem.kind if problem else None,
-        "error_message": problem.message if problem else None,
+        "error_message": redacted(problem.message) if problem else None,
         "language": assembled.language,
         "language_probability": assembled.language_probability,
         "text": assembled.text,
@@ -75,7 +76,7 @@ def failed_row(recording: Recording, facts: AudioFacts | None, problem: BadAudio
         **(_audio(facts) if facts else {}),
         "status": "failed",
         "error_kind": problem.kind,
-        "error_message": problem.message,
+        "error_message": redacted(problem.message),
         "text": "",
         "segments": [],
         "coverage": [],
@@ -101,7 +102,7 @@ def provenance_columns(provenance: Provenance) -> Row:
 def _identity(recording: Recording) -> Row:
     return {
         "recording_id": recording.recording_id,
-        "uri": recording.uri,
+        "uri": without_secrets(recording.uri),
         "generation": recording.generation,
         "size_bytes": recording.size_bytes,
         "content_md5": recording.content_md5,

@@ -12,7 +12,7 @@ import logging
 import secrets
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from functools import partial
@@ -28,6 +28,7 @@ from transcribe.duplicates import Duplicate
 from transcribe.engines.load import FAKE_MODEL, model_revision, refuse_impossible
 from transcribe.errors import Fatal, TranscribeError
 from transcribe.pipeline import Job, ShardSummary, peak_bytes
+from transcribe.printable import printable, redacted
 from transcribe.progress import ProgressDisplay
 from transcribe.report import RunFacts, Totals, metric_rows, report
 from transcribe.shards import Shard, plan_shards
@@ -152,7 +153,16 @@ def transcribe(config: RunConfig, address: str | None, console: Console) -> dict
 
 def _saying(console: Console) -> Callable[[str], None]:
     """Print sentences as they are: nothing in them is markup, and no line of a log is broken."""
-    return partial(console.print, highlight=False, markup=False, soft_wrap=True)
+    show = partial(console.print, highlight=False, markup=False, emoji=False, soft_wrap=True)
+    return lambda sentence: show(printable(sentence))
+
+
+class _OneLine(logging.Formatter):
+    """A line for each record: a name with a line break in it must not forge another one."""
+
+    def formatMessage(self, record: logging.LogRecord) -> str:
+        """The record as text that may be shown."""
+        return printable(super().formatMessage(record))
 
 
 class _Shown(logging.Handler):
@@ -172,7 +182,7 @@ def _logging_to(console: Console) -> Iterator[io.StringIO]:
     """Show this package's warnings to the user; collect all of its log for `log.txt`."""
     lines = io.StringIO()
     kept = logging.StreamHandler(lines)
-    kept.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    kept.setFormatter(_OneLine("%(asctime)s %(levelname)s %(message)s"))
     shown = _Shown(_saying(console))
     logger = logging.getLogger("transcribe")
     before = logger.level, logger.propagate
@@ -196,7 +206,6 @@ class _Clock:
     first_work: float = field(default_factory=time.monotonic)
 
 
-@retries.patient()
 def execute(plan: Plan, address: str | None, console: Console, log: io.StringIO) -> dict[str, Any]:
     """Run the plan on Ray and write the report.
 
@@ -221,8 +230,8 @@ def execute(plan: Plan, address: str | None, console: Console, log: io.StringIO)
     try:
         placement = distributed.place(config.device, config.workers, config.wait_for_workers_s, say)
         publish.claim_settings(config.out, plan.settings)
-        _write(plan, "config.json", {**config.as_dict(), "fingerprint": plan.config_fingerprint})
-        with _log_stored(plan, log):
+        _write(plan, "config.json", _snapshot(plan))
+        with _log_stored(plan, log), retries.patient():
             job = _job(plan, placement)
             summaries = _work(plan.shards, job, placement, console)
             summaries += _share(plan, job, placement, console)
@@ -237,14 +246,26 @@ def execute(plan: Plan, address: str | None, console: Console, log: io.StringIO)
 @contextmanager
 def _log_stored(plan: Plan, log: io.StringIO) -> Iterator[None]:
     """Store the log as `log.txt` however the work ends, with the reason if it fails."""
+    url = publish.run_url(plan.config.out, plan.run_id, "log.txt")
     try:
         yield
-    except TranscribeError as error:
-        log.write(f"stopped: {error}\n")
+    except BaseException as error:
+        if isinstance(error, TranscribeError):
+            log.write(f"stopped: {printable(str(error))}\n")
+        with suppress(TranscribeError):  # what ended the run is what the user has to know
+            storage.put(url, log.getvalue().encode())
         raise
-    finally:
-        url = publish.run_url(plan.config.out, plan.run_id, "log.txt")
+    with retries.patient():
         storage.put(url, log.getvalue().encode())
+
+
+def _snapshot(plan: Plan) -> dict[str, Any]:
+    """The settings as they may be stored."""
+    told = {
+        name: redacted(value) if isinstance(value, str) else value
+        for name, value in plan.config.as_dict().items()
+    }
+    return {**told, "fingerprint": plan.config_fingerprint}
 
 
 def _job(plan: Plan, placement: distributed.Placement) -> Job:
@@ -307,6 +328,7 @@ def _work(
     return summaries
 
 
+@retries.patient()
 def _finish(
     plan: Plan,
     placement: distributed.Placement,
@@ -320,8 +342,8 @@ def _finish(
     now = time.monotonic()
     facts = RunFacts(
         run_id=plan.run_id,
-        archive=plan.config.archive,
-        out=plan.config.out,
+        archive=redacted(plan.config.archive),
+        out=redacted(plan.config.out),
         model=plan.config.model,
         engine=plan.engine,
         device=placement.device,

@@ -3,7 +3,7 @@
 Owns every call to fsspec and gcsfs, and the one place where the errors of file systems, HTTP and
 credentials become `BadAudio`, `Transient` or `Fatal`. It must not know what a recording, a
 manifest or a Parquet row is, and it must not import anything else of this package but the error
-tree and `retries.py`, which says how often and how long a failure that may pass is tried again.
+tree, `printable.py`, and `retries.py`, which says how long a failure that may pass is tried again.
 
 What was read is whole or it is an error: its length, and on a bucket its checksum, are compared
 with what the store says of the object.
@@ -42,6 +42,7 @@ import fsspec
 
 from transcribe import retries
 from transcribe.errors import BadAudio, Fatal, TranscribeError, Transient
+from transcribe.printable import redacted
 
 log = logging.getLogger(__name__)
 
@@ -134,13 +135,6 @@ def _local_uri(path: str) -> str:
         except UnicodeEncodeError:
             return "file://" + quote(os.fsencode(path))
     return path
-
-
-def shown(uri: str) -> str:
-    """`uri` for a message: without what may be a secret (user:password@, signed query)."""
-    if uri[:4].lower() == "http":
-        uri = uri.partition("?")[0]
-    return re.sub(r"//[^/@]*@", "//", uri) if is_remote(uri) else uri
 
 
 # ---------------------------------------------------------------- listing
@@ -369,7 +363,7 @@ def _something(found: Iterator[ObjectInfo], url: str) -> Iterator[ObjectInfo]:
 
 def _nothing_there(url: str) -> Fatal:
     what = "nothing matches, so it" if _GLOB_SIGNS.search(url) else "it"
-    return Fatal(f"{shown(_local_uri(url))}: {what} does not exist; check the name")
+    return Fatal(f"{redacted(_local_uri(url))}: {what} does not exist; check the name")
 
 
 def _glob(pattern: str) -> tuple[str, Callable[[str], bool], Callable[[str], bool]]:
@@ -395,7 +389,9 @@ def _glob(pattern: str) -> tuple[str, Callable[[str], bool], Callable[[str], boo
         matching = re.compile(objects + "(?:/.*)?", re.DOTALL)
         entering = re.compile(folders + "(?:/.*)?" + closing, re.DOTALL)
     except re.error as error:
-        raise Fatal(f"{shown(pattern)} is not a glob: {error.msg}; check its brackets") from error
+        raise Fatal(
+            f"{redacted(pattern)} is not a glob: {error.msg}; check its brackets"
+        ) from error
     return (
         root,
         lambda path: matching.fullmatch(path) is not None,
@@ -761,7 +757,7 @@ def open_parquet_source(uri: str) -> io.BufferedReader:
         return io.BufferedReader(_needed(lambda: _attempt("open", uri, lambda: _open_regular(uri))))
     found = info(uri)
     if found is None:
-        raise Fatal(f"{shown(uri)} does not exist or may not be read; check the name")
+        raise Fatal(f"{redacted(uri)} does not exist or may not be read; check the name")
     return io.BufferedReader(_Ranges(uri, found.size_bytes), buffer_size=1 << 20)
 
 
@@ -938,26 +934,26 @@ def _translated_remote(error: Exception, action: Action, uri: str) -> Transcribe
     status = _http_status(error)
     if isinstance(error, FileNotFoundError) or status == 404:
         if action == "read":
-            return BadAudio("missing", f"{shown(uri)} does not exist")
-        bucket = "/".join(shown(uri).split("/")[:3])
-        return Fatal(f"cannot {action} {shown(uri)}: {bucket} does not exist; check the name")
+            return BadAudio("missing", f"{redacted(uri)} does not exist")
+        bucket = "/".join(redacted(uri).split("/")[:3])
+        return Fatal(f"cannot {action} {redacted(uri)}: {bucket} does not exist; check the name")
     if isinstance(error, PermissionError) or status == 403 or str(error).startswith("Forbidden"):
         if action == "read":
-            return BadAudio("forbidden", f"{shown(uri)} may not be read with these credentials")
+            return BadAudio("forbidden", f"{redacted(uri)} may not be read with these credentials")
         role = "roles/storage.objectViewer" if action == "list" else "roles/storage.objectUser"
-        return Fatal(f"no permission to {action} {shown(uri)}; on Google Cloud grant {role}")
+        return Fatal(f"no permission to {action} {redacted(uri)}; on Google Cloud grant {role}")
     if status == 401 or _is_credential_error(error):
         return Fatal(
-            f"no valid credentials for {shown(uri)}; run `gcloud auth application-default login` "
-            "or give the machine a service account"
+            f"no valid credentials for {redacted(uri)}; run"
+            " `gcloud auth application-default login` or give the machine a service account"
         )
     reason = _reason(error, status)
     if isinstance(error, (_Incomplete, json.JSONDecodeError)) or _is_passing(error, status):
-        return Transient(f"cannot {action} {shown(uri)}: {reason}")
+        return Transient(f"cannot {action} {redacted(uri)}: {reason}")
     if isinstance(error, OSError) or status is not None or _is_bad_request(error):
         if action == "read":
-            return BadAudio("unreadable", f"{shown(uri)} cannot be read: {reason}")
-        return Fatal(f"cannot {action} {shown(uri)}: {reason}; check the address")
+            return BadAudio("unreadable", f"{redacted(uri)} cannot be read: {reason}")
+        return Fatal(f"cannot {action} {redacted(uri)}: {reason}; check the address")
     return None
 
 

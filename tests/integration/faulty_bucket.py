@@ -38,11 +38,12 @@ DONE_BUT_UNSAID: tuple[Fault, ...] = ("after", "lost")
 
 
 class FaultyBucket:
-    """The proxy. `due` holds faults to come by operation; `rates` the odds of any, `seed`ed.
+    """The proxy.
 
     Attributes:
         due: the next faults of an operation, used up one by one.
         odds: probability of a fault for any request; its kind is drawn from those that fit.
+        random: what draws, seeded.
         is_down: every connection is reset.
         is_refusing: every answer is this status, if set.
         page_size: names in one answer to a listing.
@@ -62,7 +63,7 @@ class FaultyBucket:
         self.injected: Counter[tuple[Operation, Fault]] = Counter()
         self.lock = threading.Lock()
         self.writing = threading.Lock()
-        self._random = random.Random(seed)
+        self.random = random.Random(seed)
         self._upstream = urllib.parse.urlsplit(upstream).netloc
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), _handler(self))
         self._server.daemon_threads = True
@@ -88,9 +89,9 @@ class FaultyBucket:
                 return str(self.is_refusing)  # type: ignore[return-value]
             if self.due.get(operation):
                 fault = self.due[operation].popleft()
-            elif self._random.random() < self.odds:
+            elif self.random.random() < self.odds:
                 kinds = PASSING + (DONE_BUT_UNSAID if operation in ("write", "delete") else ())
-                fault = self._random.choice(kinds)
+                fault = self.random.choice(kinds)
             if fault is not None:
                 self.injected[operation, fault] += 1
             return fault

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import os
 import random
+import re
 import subprocess
 import sys
 import time
@@ -12,12 +14,16 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
 from tests.integration.faulty_bucket import DONE_BUT_UNSAID, PASSING, FaultyBucket
-from transcribe import archive, retries, storage
+from transcribe import archive, pipeline, publish, retries, run, storage
+from transcribe.config import RunConfig
+from transcribe.engines.load import load_engine
 from transcribe.errors import BadAudio, Fatal, Transient
+from transcribe.pipeline import Job
 
 CONTENT = random.Random(0).randbytes(200_000)
 
@@ -221,8 +227,8 @@ def _texts(rows: list[dict]) -> list[tuple]:
 def test_of_two_runs_started_at_once_one_is_refused(tmp_path: Path, write_archive) -> None:
     calls, out = write_archive(tmp_path / "calls", 4), tmp_path / "out"
     runs = [_start(str(calls), str(out)) for _ in range(2)]
-    said = [run.communicate(timeout=200) for run in runs]
-    codes = [run.returncode for run in runs]
+    said = [each.communicate(timeout=200) for each in runs]
+    codes = [each.returncode for each in runs]
     assert sorted(codes) == [0, 2], said
     refusal = said[codes.index(2)][1]
     other = runs[codes.index(0)]
@@ -238,8 +244,96 @@ def test_two_runs_of_overlapping_archives_share_one_out(tmp_path: Path, write_ar
     calls, out = write_archive(tmp_path / "calls", 4), tmp_path / "out"
     more = write_archive(calls / "more", 2)
     runs = [_start(str(calls), str(out)), _start(str(more), str(out))]
-    said = [run.communicate(timeout=200) for run in runs]
-    assert [run.returncode for run in runs] == [0, 0], said
+    said = [each.communicate(timeout=200) for each in runs]
+    assert [each.returncode for each in runs] == [0, 0], said
     rows = _rows(out)
     assert [row["uri"] for row in rows] == sorted(str(p) for p in calls.rglob("*.wav"))
     assert list((out / "runs").glob("alive-*")) == []
+
+
+def _filled(bucket: str, calls: Path) -> str:
+    url = f"{bucket}/calls"
+    for path in sorted(calls.iterdir()):
+        storage.put(f"{url}/{path.name}", path.read_bytes())
+    return url
+
+
+def _bucket_rows(out: str) -> list[dict]:
+    files = [o.uri for o in storage.list_objects(f"{out}/transcripts")]
+    tables = [pq.read_table(io.BytesIO(storage.read(uri))) for uri in files]
+    return pa.concat_tables(tables).sort_by("uri").to_pylist()
+
+
+def _run_in_this_process(archive: str, out: str) -> list[dict]:
+    """All that a run does, without Ray."""
+    config = RunConfig(archive, out, model="fake", shard_minutes=0.05)
+    plan = run.prepare(config, print)
+    job = Job(config, plan.run_id, "fake", "fake", plan.config_fingerprint, "cpu")
+    list(pipeline.run_shards(plan.shards, job, load_engine(job)))
+    publish.settle(out)
+    return _bucket_rows(out)
+
+
+@pytest.mark.parametrize("seed", [1, 2])
+def test_rows_through_a_failing_bucket_are_those_of_a_sound_one(
+    gcs_bucket: str, faulty: FaultyBucket, tmp_path: Path, write_archive, seed: int
+) -> None:
+    """A quarter of all requests fails, in every way that there is."""
+    calls = _filled(gcs_bucket, write_archive(tmp_path / "calls", 6))
+    sound = _run_in_this_process(calls, f"{gcs_bucket}/sound")
+    faulty.random.seed(seed)
+    faulty.odds = 0.25
+    rows = _run_in_this_process(calls, f"{gcs_bucket}/failing")
+    again = _run_in_this_process(calls, f"{gcs_bucket}/failing")
+    faulty.odds = 0.0
+    assert _texts(rows) == _texts(again) == _texts(sound)
+    assert [row["content_md5"] for row in rows] == [row["content_md5"] for row in sound]
+    assert sum(faulty.injected.values()) > 10
+
+    def names(out: str) -> list[str]:
+        return [
+            o.uri.removeprefix(f"{gcs_bucket}/{out}")
+            for o in storage.list_objects(f"{gcs_bucket}/{out}")
+        ]
+
+    assert names("failing") == names("sound")
+
+
+# Patience is for people; a test has less.
+LESS_PATIENCE = """
+from transcribe import retries
+retries.IMPATIENT_S, retries.PATIENCE_S, retries.LONGEST_WAIT_S = 2.0, {patience}, 0.5
+"""
+
+
+@pytest.mark.parametrize(("patience", "code"), [(4.0, 2), (120.0, 0)], ids=["long", "short"])
+def test_an_outage_ends_a_run_in_a_sentence_or_is_waited_out(
+    gcs_bucket: str, faulty: FaultyBucket, tmp_path: Path, write_archive, patience: float, code: int
+) -> None:
+    calls = _filled(gcs_bucket, write_archive(tmp_path / "calls", 12))
+    out = f"{gcs_bucket}/out"
+    (tmp_path / "sitecustomize.py").write_text(LESS_PATIENCE.format(patience=patience))
+    path = os.pathsep.join([str(tmp_path), str(Path(__file__).parents[2])])
+    begun = _start(calls, out, PYTHONPATH=path)
+    while begun.poll() is None and not storage.exists(f"{out}/transcripts"):
+        time.sleep(0.05)
+    assert begun.poll() is None, begun.communicate()
+    faulty.is_down = True
+    if code == 0:
+        time.sleep(8)
+        faulty.is_down = False
+    _, stderr = begun.communicate(timeout=250)
+    faulty.is_down = False
+    assert begun.returncode == code, stderr
+    if code == 2:
+        assert re.match(
+            r"Error: cannot \w+ gs://\S+: \w+ \(tried for \d+ s\); run the same", stderr
+        )
+        assert stderr.count("\n") == 1
+        published = _bucket_rows(out)
+        assert 0 < len(published) < 14
+        assert _start(calls, out, PYTHONPATH=path).wait(timeout=250) == 0
+        kept = {row["uri"]: row for row in _bucket_rows(out)}
+        assert all(kept[row["uri"]] == row for row in published)
+    uris = [row["uri"] for row in _bucket_rows(out)]
+    assert uris == [o.uri for o in storage.list_objects(calls)]
