@@ -13,8 +13,9 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.metadata import version
+from pathlib import Path
 from types import FrameType
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
@@ -22,6 +23,9 @@ from rich.console import Console
 from transcribe.config import EMBEDDED_MODEL, RunConfig
 from transcribe.errors import TranscribeError
 from transcribe.printable import printable
+
+if TYPE_CHECKING:
+    from transcribe.preflight import Check
 
 app = typer.Typer(
     help="Transcribe archives of audio recordings on Ray: one Parquet row per recording.",
@@ -335,6 +339,61 @@ def _score(out: str, reference: str, worst: int, json_file: str | None) -> Itera
     if json_file is not None:
         storage.put(storage.absolute(json_file), json_bytes(evaluation))
     yield from lines(evaluation, worst)
+
+
+@app.command()
+def preflight(
+    cluster: Annotated[
+        str,
+        typer.Argument(
+            help="`local` for this machine, the address of a running cluster's head"
+            " (`10.0.0.1:6379`), or the file for `ray up` (`ray-cluster.yaml`).",
+            metavar="CLUSTER",
+        ),
+    ] = "local",
+    archive: Annotated[
+        str | None, typer.Argument(help="Try to list and read it.", show_default=False)
+    ] = None,
+    out: Annotated[
+        str | None, typer.Argument(help="Try to write to it.", show_default=False)
+    ] = None,
+    model: Annotated[
+        str, typer.Option(help="Find and check these weights, on every machine of the cluster.")
+    ] = EMBEDDED_MODEL,
+) -> None:
+    """Try everything a job needs before it costs anything; exits 2 if something is missing."""
+    console = Console()
+    failed = False
+    try:
+        for check in _checks(cluster, archive, out, model):
+            failed |= check.outcome == "failure"
+            remedy = f" -> {check.remedy}" if check.remedy else ""
+            line = f"{check.outcome:8}{check.name}: {check.found}{remedy}"
+            console.print(line, highlight=False, markup=False, emoji=False, soft_wrap=True)
+    except TranscribeError as error:
+        _complain(error)
+        failed = True
+    raise typer.Exit(2 if failed else 0)
+
+
+def _checks(cluster: str, archive: str | None, out: str | None, model: str) -> Iterator[Check]:
+    from cluster.cluster_file import cluster_file_checks
+    from transcribe import distributed
+    from transcribe import preflight as checks
+
+    yield from checks.local_checks(model, None)
+    if archive is not None:
+        yield checks.archive_check(archive)
+    if out is not None:
+        yield checks.out_check(out)
+    if cluster.endswith((".yaml", ".yml")):
+        yield from cluster_file_checks(Path(cluster), Path.home())
+    elif cluster != "local":
+        distributed.connect(cluster, workers=None)
+        try:
+            yield from checks.cluster_checks(distributed.on_every_node(model, None))
+        finally:
+            distributed.disconnect()
 
 
 def main() -> None:

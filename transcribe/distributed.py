@@ -26,13 +26,16 @@ import ray.data
 import ray.exceptions
 from ray._private.services import canonicalize_bootstrap_address
 from ray._raylet import GcsClient  # type: ignore[attr-defined]  # compiled
+from ray.autoscaler.sdk import request_resources
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from transcribe import pipeline
-from transcribe.config import Device
+from transcribe.config import Device, EngineName
 from transcribe.engines.base import Engine
 from transcribe.engines.load import load_engine
 from transcribe.errors import Fatal, TranscribeError
 from transcribe.pipeline import Job, ShardSummary
+from transcribe.preflight import Node, NodeFacts, node_facts
 from transcribe.shards import Shard
 
 _PUBLISH_CPUS = 0.01  # writing is waiting; a share of its own also keeps Ray from fusing it
@@ -40,6 +43,7 @@ _DECODE_CPUS = 1.0
 _ENGINE_CPUS = 0.98  # differs from decode's, or Ray Data would fuse both into one actor
 _GPU_ENGINE_CPUS = 0.5
 _PROBE_S = 10.0
+_ANSWER_S = 300.0  # a machine may have to fetch the weights first
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,8 +145,47 @@ def disconnect() -> None:
     ray.shutdown()
 
 
+def on_every_node(model: str, engine: EngineName | None) -> list[Node]:
+    """Ask each living machine for its `NodeFacts`.
+
+    The questions take no CPU of the cluster's, so that a busy one answers too.
+    """
+    alive = [n for n in ray.nodes() if n["Alive"]]  # type: ignore[no-untyped-call]
+    before = time.time()
+    asked = [_ask(node, model, engine) for node in alive]
+    return [_answer(node, answer, before) for node, answer in zip(alive, asked, strict=True)]
+
+
+def _ask(node: dict[str, Any], model: str, engine: EngineName | None) -> Any:
+    there = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
+    options: Any = {"num_cpus": 0, "max_retries": 1, "scheduling_strategy": there}
+    has_gpu = bool(node["Resources"].get("GPU"))
+    return ray.remote(**options)(node_facts).remote(model, engine, has_gpu)
+
+
+def _answer(node: dict[str, Any], answer: Any, before: float) -> Node:
+    facts: NodeFacts | str
+    try:
+        facts = ray.get(answer, timeout=_ANSWER_S)
+    except ray.exceptions.RayError as error:
+        facts = f"it does not answer ({_first_line(error)})"
+    has = node["Resources"]
+    return Node(
+        name=node["NodeManagerAddress"],
+        cpus=has.get("CPU", 0.0),
+        gpus=has.get("GPU", 0.0),
+        object_store=has.get("object_store_memory", 0.0),
+        facts=facts,
+        asked_at=(before, time.time()),
+    )
+
+
 def place(
-    device: Device, workers: int | None, wait_s: float, say: Callable[[str], None]
+    device: Device,
+    workers: int | None,
+    wait_s: float,
+    say: Callable[[str], None],
+    can_grow: bool = False,
 ) -> Placement:
     """Decide how many engines run where, waiting for machines if none is there yet.
 
@@ -151,30 +194,57 @@ def place(
         workers: engines wanted; None takes one per GPU, or one per CPU core.
         wait_s: how long an autoscaling cluster may take to bring up the first machine.
         say: told what is being waited for.
+        can_grow: whether engines that find no room now may find it later, on machines to come.
 
     Raises:
         Fatal: the cluster does not offer what one engine needs within `wait_s`.
     """
     deadline = time.monotonic() + wait_s
-    said = False
+    asked = False
     while True:
         resources: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
         placement = _fit(device, workers, resources)
         if placement is not None:
-            return placement
-        need = "a GPU and a CPU" if device == "cuda" else "2 CPUs"
+            if asked:
+                request_resources(bundles=[])  # or these machines would never count as idle
+            return _grown(placement, workers, say) if can_grow else placement
+        need = "2 CPUs" if device == "cpu" else "a GPU and 2 CPUs"
         has = f"{resources.get('CPU', 0):g} CPUs and {resources.get('GPU', 0):g} GPUs"
         if time.monotonic() >= deadline:
+            request_resources(bundles=[])
             raise Fatal(
                 f"The cluster cannot run this job: it needs {need} and has {has}."
-                " Add a worker node, or check --device and --workers."
+                " Add a worker node, or check --device (cpu needs no GPU) and --workers."
             )
-        if not said:
+        if not asked:
             say(
                 f"Waiting up to {wait_s:.0f} s for a worker: the job needs {need}, there are {has}."
             )
-            said = True
+            # A cluster that has shrunk to nothing grows only when it is asked to.
+            request_resources(bundles=_first_need(device))
+            asked = True
         time.sleep(1.0)
+
+
+def _first_need(device: Device) -> list[dict[str, float]]:
+    """What one engine and one decode task take: a GPU on one machine, unless CPUs are asked for.
+
+    With `auto`, a machine without GPU that comes first would settle it the wrong way.
+    """
+    if device == "cpu":
+        return [{"CPU": 1.0}, {"CPU": _DECODE_CPUS}]
+    return [{"CPU": _GPU_ENGINE_CPUS + _DECODE_CPUS, "GPU": 1.0}]
+
+
+def _grown(placement: Placement, workers: int | None, say: Callable[[str], None]) -> Placement:
+    """As many engines as were asked for: those that find no room make the cluster grow."""
+    if workers is None or workers <= placement.workers:
+        return placement
+    say(
+        f"Room for {placement.workers} of {workers} engines now;"
+        " the others start as soon as the cluster has grown."
+    )
+    return Placement(placement.device, workers)
 
 
 def _fit(device: Device, workers: int | None, resources: dict[str, float]) -> Placement | None:

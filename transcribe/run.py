@@ -20,7 +20,7 @@ from typing import Any
 
 from rich.console import Console
 
-from transcribe import distributed, duplicates, models, publish, retries, schema, storage
+from transcribe import distributed, duplicates, models, preflight, publish, retries, schema, storage
 from transcribe.archive import Recording, estimate_durations, list_archive
 from transcribe.claims import Claim
 from transcribe.config import RunConfig, fingerprint, result_settings
@@ -228,7 +228,15 @@ def execute(plan: Plan, address: str | None, console: Console, log: io.StringIO)
     say(f"Joining Ray at {address} ..." if address else "Starting Ray on this machine ...")
     distributed.connect(address, config.workers)
     try:
-        placement = distributed.place(config.device, config.workers, config.wait_for_workers_s, say)
+        placement = distributed.place(
+            config.device,
+            config.workers,
+            config.wait_for_workers_s,
+            say,
+            can_grow=address is not None,
+        )
+        if address is not None:
+            _refuse_unfit_nodes(config, say)
         publish.claim_settings(config.out, plan.settings)
         _write(plan, "config.json", _snapshot(plan))
         with _log_stored(plan, log), retries.patient():
@@ -241,6 +249,20 @@ def execute(plan: Plan, address: str | None, console: Console, log: io.StringIO)
     first = min(summary.started_at for summary in summaries)
     clock.first_work = max(clock.started, time.monotonic() - (time.time() - first))
     return _finish(plan, placement, summaries, clock)
+
+
+def _refuse_unfit_nodes(config: RunConfig, say: Callable[[str], None]) -> None:
+    """Ask the cluster's machines what `transcribe preflight` asks; warnings are said.
+
+    Raises:
+        Fatal: the first machine on which the job could not work.
+    """
+    nodes = distributed.on_every_node(config.model, config.engine)
+    for check in preflight.cluster_checks(nodes):
+        if check.outcome == "failure":
+            raise Fatal(f"{check.name}: {check.found}; {check.remedy}.")
+        if check.outcome == "warning":
+            say(f"Warning: {check.name}: {check.found}; {check.remedy}.")
 
 
 @contextmanager

@@ -101,7 +101,18 @@ def test_a_job_that_does_not_fit_says_what_is_missing(ray_cluster, archive, tmp_
     assert refused.returncode == 2
     said = " ".join(refused.stderr.split())
     assert said == (
-        "Error: The cluster cannot run this job: it needs a GPU and a CPU and has 2 CPUs and"
-        " 0 GPUs. Add a worker node, or check --device and --workers."
+        "Error: The cluster cannot run this job: it needs a GPU and 2 CPUs and has 2 CPUs and"
+        " 0 GPUs. Add a worker node, or check --device (cpu needs no GPU) and --workers."
     )
     assert files_in(tmp_path) == []
+
+
+def test_preflight_asks_every_machine(ray_cluster, archive, tmp_path):
+    transcribe = Path(sys.executable).parent / "transcribe"
+    line = [transcribe, "preflight", ray_cluster.address, archive, tmp_path / "out"]
+    asked = command(ray_cluster, [*line, "--model", "fake"], None)
+    assert asked.returncode == 0, asked.stdout + asked.stderr
+    lines = asked.stdout.splitlines()
+    assert sum(" versions: " in line for line in lines) == 4  # here, the head and two workers
+    assert sum(" weights: " in line for line in lines) == 3
+    assert not any(line.startswith("failure") for line in lines)
