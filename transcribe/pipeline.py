@@ -27,12 +27,12 @@ from datetime import UTC, datetime
 import numpy as np
 import numpy.typing as npt
 
-from transcribe import decode, retries, rows, storage
+from transcribe import decode, isolation, retries, rows, storage
 from transcribe.archive import Recording
 from transcribe.assemble import Coverage, assemble, coverage, coverage_breach
 from transcribe.config import ChannelMode, RunConfig
 from transcribe.engines.base import Engine, EngineInput, Hypothesis, recognise_checked
-from transcribe.errors import BadAudio
+from transcribe.errors import BadAudio, Fatal
 from transcribe.publish import publish_shard as write_shard
 from transcribe.shards import Shard
 from transcribe.speech import SpeechDetector, Window, distinct_channels, pack_windows
@@ -40,6 +40,7 @@ from transcribe.speech import SpeechDetector, Window, distinct_channels, pack_wi
 _LOG = logging.getLogger(__name__)
 
 _READ_AHEAD = 4  # objects fetched while one is decoded: hides a bucket's latency
+_DECODE_MEMORY_BYTES = 8 << 30  # a process that decodes; ten hours in one channel need 5 GiB
 
 
 @dataclass(frozen=True, slots=True)
@@ -154,6 +155,7 @@ def decode_shard(shard: Shard, config: RunConfig) -> DecodedShard:
 
     Raises:
         Transient: the storage stayed unreachable through all retries.
+        Fatal: no process can be started to decode in.
     """
     seconds = StageSeconds()
     started_at = time.time()
@@ -163,7 +165,8 @@ def decode_shard(shard: Shard, config: RunConfig) -> DecodedShard:
         data = _wait(fetched)
         seconds.read += time.perf_counter() - started
         decoded.append(_decode_recording(recording, data, config, seconds))
-    return DecodedShard(shard.shard_id, tuple(decoded), seconds, peak_bytes(), started_at)
+    peak = max(peak_bytes(), isolation.peak_bytes())
+    return DecodedShard(shard.shard_id, tuple(decoded), seconds, peak, started_at)
 
 
 def _read_ahead(
@@ -195,33 +198,51 @@ def _decode_recording(
     if isinstance(data, bytes):  # what was read, even if the object changed since it was listed
         md5 = hashlib.md5(data, usedforsecurity=False).hexdigest()
         recording = replace(recording, content_md5=md5)
-    detecting_before = seconds.speech_detection
+    detecting = 0.0
     try:
-        decoded = _windows_of(recording, data, config, seconds)
+        if isinstance(data, BadAudio):
+            raise data
+        limits = decoding_limits(len(data), recording.duration_s)
+        ((decoded, detecting),) = isolation.collect(heard, (recording, data, config), limits)
     except BadAudio as problem:
         decoded = DecodedRecording(recording, problem=problem)
+    except Fatal:  # no process to decode in: no recording's fault
+        raise
     except Exception as error:  # a defect here must not cost the shard-mates their rows
         _LOG.exception("%s: unexpected error while decoding", recording.uri)
         defect = BadAudio("internal_error", f"unexpected {type(error).__name__} while decoding")
         decoded = DecodedRecording(recording, problem=defect)
     spent = time.perf_counter() - started
-    seconds.decode += spent - (seconds.speech_detection - detecting_before)
+    seconds.decode += spent - detecting
+    seconds.speech_detection += detecting
     return replace(decoded, decode_seconds=spent)
 
 
-def _windows_of(
-    recording: Recording, data: bytes | BadAudio, config: RunConfig, seconds: StageSeconds
-) -> DecodedRecording:
-    if isinstance(data, BadAudio):
-        raise data
+def decoding_limits(n_bytes: int, duration_s: float) -> isolation.Limits:
+    """What decoding a recording of that size and estimated duration may take.
+
+    Decoding and speech detection run at several hundred times real time on an idle core: a
+    deadline of a twentieth of the sound, and a minute, leaves room for a very busy machine.
+    """
+    return isolation.Limits(60.0 + n_bytes / 1e6 + duration_s / 20, _DECODE_MEMORY_BYTES)
+
+
+def heard(
+    recording: Recording, data: bytes, config: RunConfig
+) -> Iterator[tuple[DecodedRecording, float]]:
+    """The recording's windows, and the seconds spent on finding speech; runs in a child process.
+
+    Raises:
+        BadAudio: it cannot be decoded.
+    """
     audio = decode.decode(data, recording.uri, config.headerless_format)
     started = time.perf_counter()
     windows, samples, covered = _find_speech(audio.samples, config.channels)
-    seconds.speech_detection += time.perf_counter() - started
+    detecting = time.perf_counter() - started
     facts = rows.AudioFacts(
         audio.container, audio.codec, audio.sample_rate, len(audio.samples), audio.duration_s
     )
-    return DecodedRecording(recording, facts, windows, samples, covered, audio.problem)
+    yield DecodedRecording(recording, facts, windows, samples, covered, audio.problem), detecting
 
 
 @functools.cache
