@@ -11,15 +11,17 @@ import functools
 import logging
 import os
 import pickle
+import queue
 import signal
 import socket
 import threading
 import time
+import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import ray
 import ray.data
@@ -27,6 +29,7 @@ import ray.exceptions
 from ray._private.services import canonicalize_bootstrap_address
 from ray._raylet import GcsClient  # type: ignore[attr-defined]  # compiled
 from ray.autoscaler.sdk import request_resources
+from ray.data._internal.execution.execution_callback import ExecutionCallback
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from transcribe import pipeline
@@ -34,16 +37,32 @@ from transcribe.config import Device, EngineName
 from transcribe.engines.base import Engine
 from transcribe.engines.load import load_engine
 from transcribe.errors import Fatal, TranscribeError
-from transcribe.pipeline import Job, ShardSummary
+from transcribe.pipeline import DecodedShard, Job, RecognisedShard, ShardSummary
 from transcribe.preflight import Node, NodeFacts, node_facts
+from transcribe.recovery import SetAside
 from transcribe.shards import Shard
+from transcribe.watch import Answer, Look, Stage, Watch, Work, Worker
+
+_LOG = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 _PUBLISH_CPUS = 0.01  # writing is waiting; a share of its own also keeps Ray from fusing it
 _DECODE_CPUS = 1.0
 _ENGINE_CPUS = 0.98  # differs from decode's, or Ray Data would fuse both into one actor
 _GPU_ENGINE_CPUS = 0.5
 _PROBE_S = 10.0
-_ANSWER_S = 300.0  # a machine may have to fetch the weights first
+_NODE_ANSWER_S = 300.0  # a machine may have to fetch the weights first
+
+_TICK_S = 0.5
+_LOOK_EVERY_S = 1.0
+_ANSWER_S = 10.0  # for a question to Ray
+_LEAVE_S = 3.0
+_SILENCE_S = 30.0  # Ray ends a process whose head has been gone for 60 s, without a word
+_STANDSTILL_S = 300.0  # a new machine installs the job's packages first
+_LOADS_IN_VAIN = 4  # for each engine
+
+_AGAIN = " What is published stays; run the same command again to do the rest."
 
 
 @dataclass(frozen=True, slots=True)
@@ -166,7 +185,7 @@ def _ask(node: dict[str, Any], model: str, engine: EngineName | None) -> Any:
 def _answer(node: dict[str, Any], answer: Any, before: float) -> Node:
     facts: NodeFacts | str
     try:
-        facts = ray.get(answer, timeout=_ANSWER_S)
+        facts = ray.get(answer, timeout=_NODE_ANSWER_S)
     except ray.exceptions.RayError as error:
         facts = f"it does not answer ({_first_line(error)})"
     has = node["Resources"]
@@ -202,28 +221,30 @@ def place(
     deadline = time.monotonic() + wait_s
     asked = False
     while True:
-        resources: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
+        resources = _resources()
         placement = _fit(device, workers, resources)
         if placement is not None:
             if asked:
                 request_resources(bundles=[])  # or these machines would never count as idle
             return _grown(placement, workers, say) if can_grow else placement
-        need = "2 CPUs" if device == "cpu" else "a GPU and 2 CPUs"
-        has = f"{resources.get('CPU', 0):g} CPUs and {resources.get('GPU', 0):g} GPUs"
         if time.monotonic() >= deadline:
             request_resources(bundles=[])
             raise Fatal(
-                f"The cluster cannot run this job: it needs {need} and has {has}."
+                f"The cluster cannot run this job: it {_needs(device, resources)}."
                 " Add a worker node, or check --device (cpu needs no GPU) and --workers."
             )
         if not asked:
-            say(
-                f"Waiting up to {wait_s:.0f} s for a worker: the job needs {need}, there are {has}."
-            )
+            say(f"Waiting up to {wait_s:.0f} s for a worker: the job {_needs(device, resources)}.")
             # A cluster that has shrunk to nothing grows only when it is asked to.
             request_resources(bundles=_first_need(device))
             asked = True
         time.sleep(1.0)
+
+
+def _needs(device: str, resources: dict[str, float]) -> str:
+    need = "2 CPUs" if device == "cpu" else "a GPU and 2 CPUs"
+    has = f"{resources.get('CPU', 0):g} CPUs and {resources.get('GPU', 0):g} GPUs"
+    return f"needs {need} and has {has}"
 
 
 def _first_need(device: Device) -> list[dict[str, float]]:
@@ -268,44 +289,267 @@ def _cores(cpus: float) -> int:
     return max(1, int(cpus) - 1)
 
 
-def run_shards(shards: Sequence[Shard], job: Job, workers: int) -> Iterator[ShardSummary]:
-    """Transcribe and publish the shards on the connected cluster, in any order.
+class Round:
+    """One pass over some shards on the connected cluster; a context manager.
 
-    Raises:
-        Fatal: a stage said that the run cannot go on, or Ray gave up on it.
+    Ray Data works in a thread of its own, and whoever asks for outcomes watches over it: stuck
+    workers are ended (Ray starts others and tries their shards again), a round that stands still
+    is given up, and a cluster that is gone is noticed.
     """
+
+    def __init__(self, shards: Sequence[Shard], job: Job, workers: int) -> None:
+        self._left = {shard.shard_id: shard for shard in shards}
+        self._job = job
+        self._workers = min(workers, len(shards))
+        self._home = ray.get_runtime_context().get_node_id()
+        self._watch = _start_watch(self._home)
+        self._results: queue.SimpleQueue[_Row | BaseException | None] = queue.SimpleQueue()
+        dataset = _dataset(shards, job, self._workers, self._watch)
+        self._thread = threading.Thread(target=self._drain, args=(dataset,), daemon=True)
+        self._is_over = False
+        self._asked_at = 0.0
+        self._heard_at = self._changed_at = time.monotonic()
+        self._look = Look()
+
+    def __enter__(self) -> Round:
+        _LEAVING.clear()
+        self._thread.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if not self._is_over:  # or engines would keep their place
+            _LEAVING.set()
+            self._thread.join(_LEAVE_S)
+        _within(_LEAVE_S, lambda: ray.kill(self._watch))
+
+    def outcomes(self) -> Iterator[ShardSummary | SetAside]:
+        """What becomes of every shard, in any order.
+
+        Raises:
+            Fatal: a stage said that the run cannot go on, or Ray cannot.
+        """
+        while self._left and not self._is_over:
+            outcome = self._next()
+            if isinstance(outcome, ShardSummary):
+                yield outcome
+            elif isinstance(outcome, Shard):
+                yield self._judged(outcome)
+            self._supervise()
+        for shard in self._left.values():
+            yield self._judged(shard)
+
+    def wind_down(self, within_s: float) -> Iterator[ShardSummary]:
+        """Begin nothing any more; what gets published within `within_s` all the same."""
+        self._call("stop")
+        until = time.monotonic() + within_s
+        n_idle = 0
+        # What has just been written may not have been told yet: idle twice is idle.
+        while self._left and not self._is_over and n_idle < 2 and time.monotonic() < until:
+            outcome = self._next()
+            if isinstance(outcome, ShardSummary):
+                yield outcome
+            elif outcome is None and self._supervise():
+                n_idle = 0 if self._look.unpublished else n_idle + 1
+
+    def _drain(self, dataset: ray.data.Dataset) -> None:
+        """In a thread: hand over what Ray Data gives, then None or why it ended."""
+        try:
+            for row in dataset.iter_rows():
+                self._results.put(row)
+            self._results.put(None)
+        except BaseException as error:  # whatever ends it is for the other thread to say
+            self._results.put(error)
+
+    def _next(self) -> ShardSummary | Shard | None:
+        """The next shard's summary, or the shard if it was not done; None after half a second."""
+        try:
+            result = self._results.get(timeout=_TICK_S)
+        except queue.Empty:
+            return None
+        if result is None:
+            self._is_over = True
+            return None
+        if isinstance(result, BaseException):
+            self._is_over = True
+            raise Fatal(f"Ray gave up on the run: {_first_line(result)}." + _AGAIN) from result
+        outcome = pickle.loads(result["outcome"])
+        if isinstance(outcome, _Stop):
+            raise Fatal(outcome.sentence)
+        shard = self._left.pop(outcome.shard_id)
+        return outcome if isinstance(outcome, ShardSummary) else shard
+
+    def _judged(self, shard: Shard) -> SetAside:
+        """Whose fault it was: a machine that is gone takes its workers with it."""
+        died, reason = self._call("deaths", shard.shard_id) or ((), "")
+        if died:
+            alive = _within(_ANSWER_S, _living_nodes) or set()
+            died = [worker for worker in died if worker.node_id in alive]
+        return SetAside(shard, len(died), reason)
+
+    # ---- supervision ----------------------------------------------------------------
+
+    def _supervise(self) -> bool:
+        """Look after the workers, once a second; says whether it did.
+
+        Raises:
+            Fatal: Ray is gone, or nothing can run on it.
+        """
+        now = time.monotonic()
+        if now - self._asked_at < _LOOK_EVERY_S:
+            return False
+        self._asked_at = now
+        look: Look | None = self._call("look")
+        if look is None:
+            self._is_ray_there(now)
+            return False
+        self._heard_at = now
+        if look.events != self._look.events or look.at_work:
+            self._changed_at = now
+        self._look = look
+        if look.loads_in_vain > _LOADS_IN_VAIN * self._workers:
+            raise Fatal(
+                f"Engines end while they load the model, {look.loads_in_vain} of them so far, and"
+                f" none gets ready{f' ({look.last_words})' if look.last_words else ''}."
+                " Check that a worker has the memory that the model needs."
+            )
+        for work in look.overdue:
+            _LOG.warning("%s of shard %s is stuck; its worker is ended", work.stage, work.shard_id)
+            _end_process(work.worker)
+        self._is_moving(now)
+        return True
+
+    def _is_moving(self, now: float) -> None:
+        """Give a round up in which nobody works: Ray waits for ever for an actor it cannot place.
+
+        Raises:
+            Fatal: the cluster has no room for the job any more.
+        """
+        still_s = now - self._changed_at
+        if still_s < _LOOK_EVERY_S * 5:
+            return
+        self._is_ray_there(now)
+        resources = _within(_ANSWER_S, _resources)
+        if resources is None:
+            return
+        if _fit(self._job.config.device, self._workers, resources) is not None:
+            if still_s > _STANDSTILL_S:
+                _LOG.warning("nothing has moved for %.0f s; what is left is planned anew", still_s)
+                _LEAVING.set()
+                self._thread.join(_ANSWER_S)
+                self._is_over = True
+        elif still_s > self._job.config.wait_for_workers_s:
+            needs = _needs(self._job.config.device, resources)
+            raise Fatal(f"The cluster cannot go on with this job: it {needs}." + _AGAIN)
+
+    def _is_ray_there(self, now: float) -> None:
+        """Say that Ray is gone before it ends this process without a word.
+
+        Raises:
+            Fatal: neither the watch nor the cluster's head has answered for some time.
+        """
+        alive = _within(_ANSWER_S, _living_nodes)
+        if alive is None:
+            silent_s = now - self._heard_at
+            if silent_s > _SILENCE_S:
+                raise Fatal(
+                    f"Ray has not answered for {silent_s:.0f} s: its head is gone." + _AGAIN
+                )
+        elif self._home not in alive:
+            raise Fatal("Ray has ended on this machine under the run." + _AGAIN)
+
+    def _call(self, name: str, *arguments: object) -> Any:
+        """The watch's answer; None if there is none."""
+        call = getattr(self._watch, name).remote
+        try:
+            return ray.get(call(*arguments), timeout=_ANSWER_S)
+        except ray.exceptions.RayError:
+            return None
+
+
+def _dataset(shards: Sequence[Shard], job: Job, workers: int, watch: Any) -> ray.data.Dataset:
+    """The three stages over one row, one block, for each shard."""
     _quieten_ray_data()
-    workers = min(workers, len(shards))
-    dataset = (
+    return (
         ray.data.from_items(
             [{"shard": pickle.dumps(shard)} for shard in shards],
             override_num_blocks=max(1, len(shards)),
         )
-        .map(functools.partial(_decode, job=job), num_cpus=_DECODE_CPUS)
+        .map(functools.partial(_decode, job=job, watch=watch), num_cpus=_DECODE_CPUS)
         .map(
             _Recogniser,  # type: ignore[arg-type]  # Ray's stub knows no classes
-            fn_constructor_kwargs={"job": job},
+            fn_constructor_kwargs={"job": job, "watch": watch},
             compute=ray.data.ActorPoolStrategy(size=workers, max_tasks_in_flight_per_actor=2),
             num_cpus=_GPU_ENGINE_CPUS if job.device == "cuda" else _ENGINE_CPUS,
             num_gpus=1 if job.device == "cuda" else None,
         )
         # As many as there are engines: a share this small would let Ray start any number.
-        .map(functools.partial(_publish, job=job), num_cpus=_PUBLISH_CPUS, concurrency=workers)
+        .map(
+            functools.partial(_publish, job=job, watch=watch),
+            num_cpus=_PUBLISH_CPUS,
+            concurrency=workers,
+        )
     )
+
+
+def _start_watch(node_id: str) -> Any:
+    """Where whoever asks it is, for it must not go down with a worker's machine."""
+    lasting = ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=-1)(_WatchActor)
+    here = NodeAffinitySchedulingStrategy(node_id, soft=True)
+    return lasting.options(scheduling_strategy=here).remote()
+
+
+_LEAVING = threading.Event()
+
+
+class _Left(Exception):
+    """Raised inside Ray Data, which has no other way to be told to end from outside."""
+
+
+class _Leaving(ExecutionCallback):
+    def on_execution_step(self, executor: object) -> None:
+        if _LEAVING.is_set():
+            raise _Left
+
+
+def _within(seconds: float, ask: Callable[[], T]) -> T | None:
+    """The answer, or None if it takes too long or fails: calls to a dead head wait for ever."""
+    answers: queue.SimpleQueue[T | None] = queue.SimpleQueue()
+
+    def answer() -> None:
+        try:
+            answers.put(ask())
+        except Exception:
+            answers.put(None)
+
+    threading.Thread(target=answer, daemon=True).start()
     try:
-        for row in dataset.iter_rows():
-            outcome = pickle.loads(row["outcome"])
-            if isinstance(outcome, _Stop):
-                raise Fatal(outcome.sentence)
-            yield outcome
-    except ray.exceptions.RayError as error:
-        raise Fatal(f"Ray gave up on the run: {_first_line(error)}") from error
+        return answers.get(timeout=seconds)
+    except queue.Empty:
+        return None
+
+
+def _living_nodes() -> set[str]:
+    nodes: list[dict[str, Any]] = ray.nodes()  # type: ignore[no-untyped-call]
+    return {node["NodeID"] for node in nodes if node["Alive"]}
+
+
+def _resources() -> dict[str, float]:
+    resources: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
+    return resources
+
+
+def _end_process(worker: Worker) -> None:
+    """SIGKILL a worker on its machine: the one way to end a process that does not listen."""
+    there = NodeAffinitySchedulingStrategy(worker.node_id, soft=False)
+    kill = ray.remote(num_cpus=0, max_retries=0)(_kill)
+    kill.options(scheduling_strategy=there).remote(worker)
 
 
 def _quieten_ray_data() -> None:
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
     context.print_on_execution_start = False
+    context.custom_execution_callback_classes = [_Leaving]
     logging.getLogger("ray.data").setLevel(logging.ERROR)
 
 
@@ -321,6 +565,13 @@ class _Stop:
     sentence: str
 
 
+@dataclass(frozen=True, slots=True)
+class _Undone:
+    """A shard that a stage did not do: workers die at it, or the run is winding down."""
+
+    shard_id: str
+
+
 # ---- what runs on the workers -----------------------------------------------------------
 # Rows carry one pickled object each: our own values between our own processes. Ray Data
 # then sees one plain bytes column, whose size it can account for.
@@ -328,50 +579,139 @@ class _Stop:
 _Row = dict[str, Any]
 
 
-def _decode(row: _Row, job: Job) -> _Row:
+class _WatchActor:
+    """The watch of a round, where every worker can reach it."""
+
+    def __init__(self) -> None:
+        self._watch = Watch()
+
+    def begin(
+        self, shard_id: str, stage: Stage, audio_s: float, worker: Worker
+    ) -> tuple[Work, Answer]:
+        work = Work(shard_id, stage, audio_s, worker, time.monotonic())
+        return work, self._watch.begin(work)
+
+    def end(self, work: Work) -> None:
+        self._watch.end(work, time.monotonic())
+
+    def explain(self, shard_id: str, reason: str) -> None:
+        self._watch.explain(shard_id, reason)
+
+    def deaths(self, shard_id: str) -> tuple[tuple[Worker, ...], str]:
+        return self._watch.deaths(shard_id)
+
+    def stop(self) -> None:
+        self._watch.stop()
+
+    def look(self) -> Look:
+        return self._watch.look(time.monotonic())
+
+
+def _kill(worker: Worker) -> None:
+    if _started(worker.pid) == worker.started:
+        os.kill(worker.pid, signal.SIGKILL)
+
+
+@functools.cache
+def _this_worker() -> Worker:
+    pid = os.getpid()
+    return Worker(ray.get_runtime_context().get_node_id(), pid, _started(pid))
+
+
+def _started(pid: int) -> str:
+    """When a process was started, in the kernel's ticks; empty if there is none."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
+    except (OSError, IndexError):
+        return ""
+
+
+def _decode(row: _Row, job: Job, watch: Any) -> _Row:
     shard: Shard = pickle.loads(row["shard"])
-    return {"decoded": _guarded(lambda: pipeline.decode_shard(shard, job.config))}
+    return {
+        "decoded": _watched(
+            watch,
+            "decode",
+            shard.shard_id,
+            shard.duration_s,
+            lambda: pipeline.decode_shard(shard, job.config),
+        )
+    }
 
 
 class _Recogniser:
     """An engine, loaded once an actor."""
 
-    def __init__(self, job: Job) -> None:
+    def __init__(self, job: Job, watch: Any) -> None:
         self._job = job
-        self._engine = _loaded(job)
+        self._watch = watch
+        self._engine: Engine | None = None
+        actor = ray.get_runtime_context().get_actor_id() or ""
+        self._refusal = _watched(watch, "load", actor, 0.0, self._load)
+
+    def _load(self) -> None:
+        self._engine = load_engine(self._job)
 
     def __call__(self, row: _Row) -> _Row:
-        decoded, engine = pickle.loads(row["decoded"]), self._engine
-        if isinstance(decoded, _Stop):
+        decoded = pickle.loads(row["decoded"])
+        if not isinstance(decoded, DecodedShard):
             return {"recognised": row["decoded"]}
-        if isinstance(engine, _Stop):
-            return {"recognised": pickle.dumps(engine)}
+        engine = self._engine
+        if engine is None:
+            return {"recognised": self._refusal}
         return {
-            "recognised": _guarded(lambda: pipeline.recognise_shard(decoded, engine, self._job))
+            "recognised": _watched(
+                self._watch,
+                "recognise",
+                decoded.shard_id,
+                decoded.window_seconds,
+                lambda: pipeline.recognise_shard(decoded, engine, self._job),
+            )
         }
 
 
-def _loaded(job: Job) -> Engine | _Stop:
-    """The engine, or why there is none; raised in an actor's making, it would be a traceback."""
-    try:
-        return load_engine(job)
-    except TranscribeError as error:
-        return _Stop(str(error))
-
-
-def _publish(row: _Row, job: Job) -> _Row:
+def _publish(row: _Row, job: Job, watch: Any) -> _Row:
     recognised = pickle.loads(row["recognised"])
-    if isinstance(recognised, _Stop):
+    if not isinstance(recognised, RecognisedShard):
         return {"outcome": row["recognised"]}
-    return {"outcome": _guarded(lambda: pipeline.publish_shard(recognised, job.config.out))}
+    return {
+        "outcome": _watched(
+            watch,
+            "publish",
+            recognised.shard_id,
+            0.0,
+            lambda: pipeline.publish_shard(recognised, job.config.out),
+        )
+    }
 
 
-def _guarded(step: Callable[[], object]) -> bytes:
-    """The step's pickled result, or the sentence that stops the run.
+def _watched(
+    watch: Any, stage: Stage, shard_id: str, audio_s: float, step: Callable[[], object]
+) -> bytes:
+    """The step's pickled result, or what is to be done without one; the watch is told.
 
-    Only our own errors are turned: anything else is a defect and keeps its traceback.
+    An error that is not one of ours is a defect, or a device that no longer works: it ends this
+    process as a crash in native code would, and the shard is tried again under the same rules.
     """
+    # Waited for, so that it is known even of a worker that dies in the next moment.
+    work, answer = ray.get(watch.begin.remote(shard_id, stage, audio_s, _this_worker()))
+    if answer != "go":
+        return pickle.dumps(_Undone(shard_id))
     try:
-        return pickle.dumps(step(), protocol=5)
+        result = step()
     except TranscribeError as error:
-        return pickle.dumps(_Stop(str(error)))
+        result = _Stop(str(error))
+    except Exception as error:
+        traceback.print_exc()  # into the worker's log
+        ray.get(watch.explain.remote(shard_id, _last_words(stage, error)))
+        os._exit(1)
+    pickled = pickle.dumps(result, protocol=5)
+    watch.end.remote(work)
+    return pickled
+
+
+def _last_words(stage: Stage, error: Exception) -> str:
+    """What was raised and where; not its text, which may quote a recording."""
+    frames = traceback.extract_tb(error.__traceback__)
+    where = f" at {Path(frames[-1].filename).name}:{frames[-1].lineno}" if frames else ""
+    return f"{stage} raised {type(error).__name__}{where}"

@@ -34,7 +34,7 @@ from transcribe.config import ChannelMode, RunConfig
 from transcribe.engines.base import Engine, EngineInput, Hypothesis, recognise_checked
 from transcribe.errors import BadAudio, Fatal
 from transcribe.publish import publish_shard as write_shard
-from transcribe.shards import Shard
+from transcribe.shards import Shard, shard_id
 from transcribe.speech import SpeechDetector, Window, distinct_channels, pack_windows
 
 _LOG = logging.getLogger(__name__)
@@ -92,6 +92,11 @@ class DecodedShard:
     peak_bytes: int
     started_at: float
     finished_at: float = field(default_factory=time.time)
+
+    @property
+    def window_seconds(self) -> float:
+        """Seconds that an engine has to hear."""
+        return sum(len(s) for r in self.recordings for s in r.samples) / decode.SAMPLE_RATE
 
 
 @dataclass(frozen=True, slots=True)
@@ -393,6 +398,34 @@ def peak_bytes() -> int:
     """Largest resident size of this process so far, in bytes."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
+
+
+def given_up_shard(recording: Recording, problem: BadAudio, job: Job) -> RecognisedShard:
+    """What stands for a recording that no worker survives: its failed row, made elsewhere."""
+    provenance = rows.Provenance(
+        model=job.config.model,
+        model_revision=job.model_revision,
+        engine=job.engine,
+        config_fingerprint=job.config_fingerprint,
+        run_id=job.run_id,
+        shard_id=shard_id([recording]),
+        worker=_worker(),
+        node=platform.node(),
+        device=job.device,
+        transcribed_at=datetime.now(UTC),
+    )
+    row = {**rows.failed_row(recording, None, problem), **rows.provenance_columns(provenance)}
+    return RecognisedShard(
+        shard_id=shard_id([recording]),
+        rows=[{**row, "decode_seconds": 0.0, "recognise_seconds": 0.0}],
+        windows=0,
+        seconds=StageSeconds(),
+        device=job.device,
+        worker=_worker(),
+        decode_peak_bytes=0,
+        recognise_peak_bytes=0,
+        started_at=time.time(),
+    )
 
 
 # ---- publish --------------------------------------------------------------------------

@@ -10,9 +10,11 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from datetime import UTC, datetime
-from typing import Any
+from typing import Any, Literal
 
 from transcribe.pipeline import ShardSummary, StageSeconds
+
+Ended = Literal["complete", "interrupted", "stopped"]
 
 _WORK_STAGES = ("read", "decode", "speech_detection", "recognise", "assemble", "publish")
 
@@ -54,6 +56,7 @@ class RunFacts:
     """What a run was, for its report."""
 
     run_id: str
+    ended: Ended
     archive: str
     out: str
     model: str

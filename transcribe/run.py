@@ -10,6 +10,7 @@ import io
 import json
 import logging
 import secrets
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -29,11 +30,13 @@ from transcribe.engines.load import FAKE_MODEL, model_revision, refuse_impossibl
 from transcribe.errors import Fatal, TranscribeError
 from transcribe.pipeline import Job, ShardSummary, peak_bytes
 from transcribe.printable import printable, redacted
-from transcribe.progress import ProgressDisplay
-from transcribe.report import RunFacts, Totals, metric_rows, report
+from transcribe.report import Ended, RunFacts, Totals, metric_rows, report
+from transcribe.rounds import work
 from transcribe.shards import Shard, plan_shards
 
 _LOG = logging.getLogger(__name__)
+
+_UNFINISHED_WRITE_S = 3.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -223,6 +226,7 @@ def execute(plan: Plan, address: str | None, console: Console, log: io.StringIO)
             the run, and what is published by then stays.
     """
     clock = _Clock()
+    done: list[ShardSummary] = []
     config = plan.config
     say = _saying(console)
     say(f"Joining Ray at {address} ..." if address else "Starting Ray on this machine ...")
@@ -241,14 +245,42 @@ def execute(plan: Plan, address: str | None, console: Console, log: io.StringIO)
         _write(plan, "config.json", _snapshot(plan))
         with _log_stored(plan, log), retries.patient():
             job = _job(plan, placement)
-            summaries = _work(plan.shards, job, placement, console)
-            summaries += _share(plan, job, placement, console)
+            with _reported_unfinished(plan, placement, done, clock):
+                work(plan.shards, job, placement, console, done)
+                _share(plan, job, placement, console, done)
     finally:
         distributed.disconnect()
-    # Workers' clocks tell when work began: what lies before is start-up.
-    first = min(summary.started_at for summary in summaries)
-    clock.first_work = max(clock.started, time.monotonic() - (time.time() - first))
-    return _finish(plan, placement, summaries, clock)
+    superseded = publish.settle(config.out)
+    return _finish(plan, placement, done, clock, superseded=superseded)
+
+
+@contextmanager
+def _reported_unfinished(
+    plan: Plan, placement: distributed.Placement, done: list[ShardSummary], clock: _Clock
+) -> Iterator[None]:
+    """Report what was done also of a run that ends before its end."""
+    try:
+        yield
+    except (KeyboardInterrupt, TranscribeError) as error:
+        ended: Ended = "interrupted" if isinstance(error, KeyboardInterrupt) else "stopped"
+        _soon(lambda: _finish(plan, placement, done, clock, ended=ended))
+        raise
+
+
+def _soon(write: Callable[[], object]) -> None:
+    """Write something, but do not wait for it long, nor complain.
+
+    For the end of a run that cannot go on: the store may be the reason, and what ended the run is
+    what is to be said.
+    """
+
+    def quietly() -> None:
+        with suppress(TranscribeError):
+            write()
+
+    writer = threading.Thread(target=quietly, daemon=True)
+    writer.start()
+    writer.join(_UNFINISHED_WRITE_S)
 
 
 def _refuse_unfit_nodes(config: RunConfig, say: Callable[[str], None]) -> None:
@@ -274,8 +306,9 @@ def _log_stored(plan: Plan, log: io.StringIO) -> Iterator[None]:
     except BaseException as error:
         if isinstance(error, TranscribeError):
             log.write(f"stopped: {printable(str(error))}\n")
-        with suppress(TranscribeError):  # what ended the run is what the user has to know
-            storage.put(url, log.getvalue().encode())
+        elif isinstance(error, KeyboardInterrupt):
+            log.write("interrupted\n")
+        _soon(lambda: storage.put(url, log.getvalue().encode()))
         raise
     with retries.patient():
         storage.put(url, log.getvalue().encode())
@@ -302,52 +335,20 @@ def _job(plan: Plan, placement: distributed.Placement) -> Job:
 
 
 def _share(
-    plan: Plan, job: Job, placement: distributed.Placement, console: Console
-) -> list[ShardSummary]:
+    plan: Plan,
+    job: Job,
+    placement: distributed.Placement,
+    console: Console,
+    done: list[ShardSummary],
+) -> None:
     """Give duplicates their rows; the few that cannot share are transcribed by themselves."""
     config = plan.config
     summaries, alone = duplicates.publish_duplicates(plan.duplicates, config.out, plan.run_id)
+    done += summaries
     if alone:
         _LOG.warning("%d duplicates cannot share their original's result", len(alone))
         shards = plan_shards(estimate_durations(alone), config.shard_minutes)
-        summaries += _work(shards, job, placement, console)
-    return summaries
-
-
-def _work(
-    shards: Sequence[Shard], job: Job, placement: distributed.Placement, console: Console
-) -> list[ShardSummary]:
-    """Drain the shards, showing progress.
-
-    Raises:
-        Fatal: a shard did not come back.
-    """
-    if not shards:
-        return []
-    planned = {shard.shard_id: shard.duration_s for shard in shards}
-    totals = Totals()
-    summaries: list[ShardSummary] = []
-    done = 0.0
-    with ProgressDisplay(console, sum(planned.values())) as display:
-        for summary in distributed.run_shards(shards, job, placement.workers):
-            totals.add(summary)
-            summaries.append(summary)
-            done += planned.pop(summary.shard_id, 0.0)
-            display.update(totals, done)
-            _LOG.info(
-                "shard %s: %d recordings, %d failed, %.0f s audio on %s",
-                summary.shard_id,
-                summary.recordings,
-                summary.failed,
-                summary.audio_seconds,
-                summary.worker,
-            )
-    if planned:
-        raise Fatal(
-            f"{len(planned)} of {len(shards)} shards did not come back from Ray;"
-            " what is published stays. Run the same command again to do the rest."
-        )
-    return summaries
+        work(shards, job, placement, console, done)
 
 
 @retries.patient()
@@ -356,14 +357,22 @@ def _finish(
     placement: distributed.Placement,
     summaries: list[ShardSummary],
     clock: _Clock,
+    *,
+    superseded: int = 0,
+    ended: Ended = "complete",
 ) -> dict[str, Any]:
-    superseded = publish.settle(plan.config.out) if summaries else 0
+    """Report a run; one that did not get to its end has no time to count what is in OUT."""
+    if summaries:
+        # Workers' clocks tell when work began: what lies before is start-up.
+        first = min(summary.started_at for summary in summaries)
+        clock.first_work = max(clock.started, time.monotonic() - (time.time() - first))
     totals = Totals()
     for summary in summaries:
         totals.add(summary)
     now = time.monotonic()
     facts = RunFacts(
         run_id=plan.run_id,
+        ended=ended,
         archive=redacted(plan.config.archive),
         out=redacted(plan.config.out),
         model=plan.config.model,
@@ -379,8 +388,9 @@ def _finish(
         driver_peak_bytes=peak_bytes(),
     )
     result = report(facts, totals, summaries)
-    result["published"] = publish.status_counts(plan.config.out)
-    if summaries:
+    if ended == "complete":
+        result["published"] = publish.status_counts(plan.config.out)
+    if summaries or ended != "complete":
         metrics = publish.parquet_bytes(metric_rows(plan.run_id, summaries), schema.METRICS)
         storage.put(publish.run_url(plan.config.out, plan.run_id, "metrics.parquet"), metrics)
         _write(plan, "report.json", result)

@@ -287,10 +287,11 @@ def test_an_engine_that_is_killed_comes_back(tmp_path, write_archive, shared_ray
     plan = run.prepare(config, print)
     job = Job(config, plan.run_id, "fake", "fake", plan.config_fingerprint, "cpu")
     done = []
-    for summary in distributed.run_shards(plan.shards, job, workers=1):
-        if not done:
-            os.kill(int(summary.worker.rpartition(":")[2]), signal.SIGKILL)
-        done.append(summary.shard_id)
+    with distributed.Round(plan.shards, job, workers=1) as this_round:
+        for summary in this_round.outcomes():
+            if not done:
+                os.kill(int(summary.worker.rpartition(":")[2]), signal.SIGKILL)
+            done.append(summary.shard_id)
     assert sorted(done) == sorted(shard.shard_id for shard in plan.shards)
     assert [row["uri"] for row in rows_of(out)] == [str(p) for p in sorted(archive.iterdir())]
 

@@ -63,7 +63,7 @@ def test_columns_stand_in_order_with_their_types(heading: str, fields: Iterable[
 
 
 def test_report_keys() -> None:
-    facts = RunFacts("r", "a", "o", "m", "e", "cpu", 1, 1, 0, 0, 1.0, 1.0, 2.0, 1)
+    facts = RunFacts("r", "complete", "a", "o", "m", "e", "cpu", 1, 1, 0, 0, 1.0, 1.0, 2.0, 1)
     totals = Totals(failures={"corrupt": 1})
     written = report(facts, totals, [])
     run_module = (ROOT / "transcribe" / "run.py").read_text(encoding="utf-8")

@@ -48,6 +48,7 @@ SUMMARY = ShardSummary(
 )
 FACTS = RunFacts(
     run_id="r",
+    ended="complete",
     archive="a",
     out="o",
     model="m",
