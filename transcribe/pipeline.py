@@ -113,6 +113,8 @@ class RecognisedShard:
     recognise_peak_bytes: int
     started_at: float
     finished_at: float = field(default_factory=time.time)
+    batch_limit: int | None = None
+    batch_halvings: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,6 +141,8 @@ class ShardSummary:
     failures: dict[str, int]
     duplicates: int = 0
     duplicate_seconds: float = 0.0
+    batch_limit: int | None = None
+    batch_halvings: int = 0
 
 
 def run_shards(shards: Sequence[Shard], job: Job, engine: Engine) -> Iterator[ShardSummary]:
@@ -318,6 +322,7 @@ def recognise_shard(decoded: DecodedShard, engine: Engine, job: Job) -> Recognis
         for group, recording in enumerate(decoded.recordings)
         for window, samples in zip(recording.windows, recording.samples, strict=True)
     ]
+    halvings = engine.fitting.halvings
     hypotheses = recognise_checked(engine, inputs) if inputs else []
     between = time.perf_counter()
     seconds.recognise = between - started
@@ -327,6 +332,8 @@ def recognise_shard(decoded: DecodedShard, engine: Engine, job: Job) -> Recognis
         shard_id=decoded.shard_id,
         rows=made,
         windows=len(inputs),
+        batch_limit=engine.fitting.budget,
+        batch_halvings=engine.fitting.halvings - halvings,
         seconds=seconds,
         device=engine.device,
         worker=_worker(),
@@ -472,4 +479,6 @@ def _summary(recognised: RecognisedShard) -> ShardSummary:
         failures=failures,
         duplicates=len(duplicates),
         duplicate_seconds=sum(row.get("duration") or 0.0 for row in duplicates),
+        batch_limit=recognised.batch_limit,
+        batch_halvings=recognised.batch_halvings,
     )

@@ -95,6 +95,10 @@ def report(facts: RunFacts, totals: Totals, summaries: Sequence[ShardSummary]) -
             "before_recognise": totals.stages.decode_queue,
             "before_publish": totals.stages.publish_queue,
         },
+        "batch_halvings": sum(s.batch_halvings for s in summaries),
+        "smallest_batch_limit": min(
+            (s.batch_limit for s in summaries if s.batch_limit is not None), default=None
+        ),
         "worker_busy_share": _ratio(
             totals.stages.recognise, facts.workers * facts.processing_seconds
         ),

@@ -106,6 +106,8 @@ METRICS = pa.schema(
         ("channel_seconds", pa.float64()),
         ("speech_seconds", pa.float64()),
         ("windows", pa.int32()),
+        ("batch_limit", pa.int64()),
+        ("batch_halvings", pa.int32()),
         ("read_seconds", pa.float64()),
         ("decode_seconds", pa.float64()),
         ("speech_detection_seconds", pa.float64()),

@@ -12,6 +12,7 @@ from typing import Protocol
 import numpy as np
 import numpy.typing as npt
 
+from transcribe.engines.fitting import Fitting
 from transcribe.errors import TranscribeError
 
 
@@ -96,10 +97,11 @@ class Hypothesis:
 
 
 class Engine(Protocol):
-    """A loaded recogniser."""
+    """A loaded recogniser; `fitting` tells how much it hears at once."""
 
     name: str
     device: str
+    fitting: Fitting
 
     def recognise(self, windows: Sequence[EngineInput]) -> list[Hypothesis]:
         """One hypothesis per window, in order."""

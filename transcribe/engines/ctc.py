@@ -22,9 +22,9 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from transcribe.batching import plan_batches
 from transcribe.decode import SAMPLE_RATE
 from transcribe.engines.base import EngineInput, Hypothesis, HypothesisSegment, HypothesisWord
+from transcribe.engines.fitting import Fitting
 from transcribe.engines.whisper_tokens import compression_ratio
 from transcribe.engines.word_edges import sharpened
 from transcribe.errors import Fatal
@@ -79,6 +79,7 @@ class CTC:
             Fatal: not a usable CTC checkpoint, or the language model cannot be used.
         """
         self.device = device
+        self.fitting = Fitting(_BATCH_SAMPLES[device])
         self._words = words
         self._language = language
         self._model = _load_model(model, device)
@@ -94,10 +95,11 @@ class CTC:
     def recognise(self, windows: Sequence[EngineInput]) -> list[Hypothesis]:
         """One hypothesis per window, in order (see `Engine`)."""
         lengths = [_padded_length(len(window.samples)) for window in windows]
-        heard: dict[int, Hypothesis] = {}
-        for batch in plan_batches(lengths, _BATCH_SAMPLES[self.device]):
-            made = self._hear([windows[i].samples for i in batch], lengths[batch[0]])
-            heard.update(zip(batch, made, strict=True))
+
+        def hear(batch: list[int]) -> list[Hypothesis]:
+            return self._hear([windows[i].samples for i in batch], lengths[batch[0]])
+
+        heard = dict(self.fitting.over(lengths, hear))
         return [heard[i] for i in range(len(windows))]
 
     @torch.inference_mode()

@@ -19,10 +19,10 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from transcribe.batching import plan_batches
 from transcribe.config import Task
 from transcribe.decode import SAMPLE_RATE
 from transcribe.engines.base import EngineInput, Hypothesis, HypothesisSegment
+from transcribe.engines.fitting import Fitting
 from transcribe.engines.whisper_tokens import WhisperTokens, compression_ratio, says_twice
 from transcribe.engines.whisper_words import Alignment, timed_segments
 from transcribe.models import Model
@@ -179,6 +179,7 @@ class Whisper:
         """
         self.name = runtime.name
         self.device = runtime.device
+        self.fitting = Fitting(runtime.batch_windows)
         self._runtime = runtime
         self._tokens = tokens
         self._language = language
@@ -247,7 +248,8 @@ class Whisper:
         encoded: dict[int, Encoded],
     ) -> Iterator[tuple[int, Hypothesis]]:
         """Decode the windows at `indices` once; `encoded` may hold some of them already."""
-        for batch in plan_batches([1] * len(indices), self._runtime.batch_windows):
+
+        def decode(batch: list[int]) -> list[Hypothesis]:
             members = [indices[position] for position in batch]
             outputs = self._encode(windows, members, attempt.full_padding, encoded)
             spoken = [languages[i][0] for i in members]
@@ -255,8 +257,13 @@ class Whisper:
             found = self._runtime.generate(outputs, prompts, attempt.search)
             inputs = [windows[i] for i in members]
             phrased = self._segments(inputs, outputs, spoken, found)
-            for index, result, segments in zip(members, found, phrased, strict=True):
-                yield index, self._hypothesis(result, segments, languages[index])
+            return [
+                self._hypothesis(result, segments, languages[index])
+                for index, result, segments in zip(members, found, phrased, strict=True)
+            ]
+
+        for position, hypothesis in self.fitting.over([1] * len(indices), decode):
+            yield indices[position], hypothesis
 
     def _encode(
         self,
