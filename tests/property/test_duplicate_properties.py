@@ -24,6 +24,7 @@ class CountingEngine(FakeEngine):
     """Remembers how often it heard each window."""
 
     def __init__(self):
+        super().__init__()
         self.heard = Counter()
 
     def recognise(self, windows):
