@@ -181,7 +181,8 @@ def run(
     """Transcribe ARCHIVE into OUT.
 
     Every recording ends as exactly one row of `OUT/transcripts/*.parquet`: `ok`, `empty` (no
-    speech) or `failed` (with the reason). Recordings that have a row are not done again.
+    speech) or `failed` (with the reason). Recordings that have a row are not done again, but for
+    those that could not be read from their store.
     """
     console = Console()
     try:

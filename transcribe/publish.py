@@ -76,8 +76,15 @@ class Published:
 
     @property
     def recording_ids(self) -> set[str]:
-        """Ids of all recordings that have a row."""
-        return set(self.table["recording_id"].to_pylist())
+        """Ids of the recordings with a row, but for those that their store refused to give.
+
+        Rights are granted and stores mended without the object changing: those are tried again.
+        """
+        pairs = zip(
+            *(self.table[c].to_pylist() for c in ("recording_id", "error_kind")), strict=True
+        )
+        newest = dict(pairs)
+        return {recording_id for recording_id, kind in newest.items() if kind not in _OF_THE_STORE}
 
     def contents(self, sizes: Collection[int]) -> Iterator[Content]:
         """The rows of recordings of one of these sizes whose MD5 is known."""
@@ -87,6 +94,8 @@ class Published:
         for batch in self.table.filter(known).select(columns).to_batches(max_chunksize=4096):
             yield from (Content(**row) for row in batch.to_pylist())
 
+
+_OF_THE_STORE = ("forbidden", "unreadable")
 
 _INDEX_COLUMNS = [*(field.name for field in fields(Content)), "transcribed_at"]
 

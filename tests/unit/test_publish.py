@@ -135,6 +135,18 @@ def test_rows_that_stay_keep_every_value(out: str) -> None:
     assert pq.read_table(Path(out, "transcripts", "old.parquet")).to_pylist() == [kept]
 
 
+def test_what_the_store_refused_is_tried_again_until_it_is_read(out: str) -> None:
+    refused = [row("/a", status="failed"), row("/b", status="failed"), row("/c", status="failed")]
+    for each, kind in zip(refused, ("forbidden", "unreadable", "not_audio"), strict=True):
+        each["error_kind"] = kind
+    publish.publish_shard(out, "one", [*refused, row("/d")])
+    assert publish.read_published(out).recording_ids == {"/c#1", "/d#1"}
+    publish.publish_shard(out, "two", [row("/a", minute=5)])
+    assert publish.read_published(out).recording_ids == {"/a#1", "/c#1", "/d#1"}
+    assert publish.settle(out) == 1
+    assert dict(published(out))["/a#1"] == "text of /a 1"
+
+
 def test_files_without_superseded_rows_are_not_touched(
     out: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
