@@ -21,7 +21,7 @@ COPY pyproject.toml README.md ./
 COPY transcribe ./transcribe
 COPY jobs ./jobs
 COPY cluster ./cluster
-RUN /opt/transcribe/bin/python -m pip install --constraint requirements.lock ".[score,cluster]"
+RUN /opt/transcribe/bin/python -m pip install --quiet --constraint requirements.lock ".[score,cluster]"
 
 # ---- run ----------------------------------------------------------------------------------
 FROM python:${PYTHON} AS run

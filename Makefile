@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo test check audit lock clean
+.PHONY: demo test check audit lock image-steps clean
 
 demo: $(INSTALLED)
 	$(BIN)/python -m jobs.demo
@@ -40,3 +40,11 @@ lock:
 
 clean:
 	rm -rf $(VENV) build demo
+
+# The Dockerfile's own steps and smoke command in a clean environment, where no Docker can build it.
+image-steps:
+	rm -rf build/image
+	sed -n 's#^RUN \(.*/opt/transcribe.*\)#\1#p' Dockerfile | sed 's#/opt/transcribe#build/image#g' \
+		| sed 's#^python -m venv#$(PYTHON) -m venv#' | sh -ex
+	cd build && image/bin/transcribe preflight local
+	rm -rf build/image
