@@ -240,6 +240,7 @@ def test_of_two_runs_started_at_once_one_is_refused(tmp_path: Path, write_archiv
     assert list((out / "runs").glob("alive-*")) == []
 
 
+@pytest.mark.long
 def test_two_runs_of_overlapping_archives_share_one_out(tmp_path: Path, write_archive) -> None:
     calls, out = write_archive(tmp_path / "calls", 4), tmp_path / "out"
     more = write_archive(calls / "more", 2)
@@ -306,6 +307,7 @@ retries.IMPATIENT_S, retries.PATIENCE_S, retries.LONGEST_WAIT_S = 2.0, {patience
 """
 
 
+@pytest.mark.long
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize(("patience", "code"), [(4.0, 2), (120.0, 0)], ids=["long", "short"])
 def test_an_outage_ends_a_run_in_a_sentence_or_is_waited_out(
