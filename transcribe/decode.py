@@ -20,6 +20,7 @@ import io
 import math
 import re
 import struct
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
@@ -61,6 +62,7 @@ class Audio:
         sample_rate: of the source, Hz.
         duration_s: n_samples / 16000.
         problem: kind `truncated` when only part could be decoded; `samples` holds that part.
+        resample_seconds: how much of the time was spent on resampling and rounding.
     """
 
     samples: Int16s
@@ -69,6 +71,7 @@ class Audio:
     sample_rate: int
     duration_s: float
     problem: BadAudio | None
+    resample_seconds: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -175,6 +178,7 @@ class _Reading:
     parts: list[Int16s]
     n_samples: int
     damaged: bool
+    resample_seconds: float
 
 
 def _read(source: _Source | None) -> _Reading | None:
@@ -184,7 +188,7 @@ def _read(source: _Source | None) -> _Reading | None:
     _check_shape(source.sample_rate, source.n_channels)
     resampler = _Resampler(source.sample_rate)
     parts: list[Int16s] = []
-    n_samples, damaged = 0, False
+    n_samples, damaged, resample_seconds = 0, False, 0.0
     limit = MAX_CHANNEL_HOURS * 3600 * SAMPLE_RATE // source.n_channels
 
     def keep(block: Floats) -> None:
@@ -197,12 +201,16 @@ def _read(source: _Source | None) -> _Reading | None:
 
     try:
         for block in _rechunk(source.blocks, max(1, _BLOCK_VALUES // source.n_channels)):
+            started = time.perf_counter()
             keep(resampler.push(_clean(block)))
+            resample_seconds += time.perf_counter() - started
     except _Damaged:
         damaged = True
     if resampler.started:
+        started = time.perf_counter()
         keep(resampler.finish())
-    return _Reading(source, parts, n_samples, damaged)
+        resample_seconds += time.perf_counter() - started
+    return _Reading(source, parts, n_samples, damaged, resample_seconds)
 
 
 def _rechunk(blocks: Iterator[Floats], n: int) -> Iterator[Floats]:
@@ -249,7 +257,15 @@ def _finish(reading: _Reading, data: bytes) -> Audio:
         at += part.shape[1]
     got_s = n_samples / SAMPLE_RATE
     problem = _problem(source, got_s, reading.damaged, data)
-    return Audio(samples, source.container, source.codec, source.sample_rate, got_s, problem)
+    return Audio(
+        samples,
+        source.container,
+        source.codec,
+        source.sample_rate,
+        got_s,
+        problem,
+        reading.resample_seconds,
+    )
 
 
 def _problem(source: _Source, got_s: float, damaged: bool, data: bytes) -> BadAudio | None:

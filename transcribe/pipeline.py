@@ -31,7 +31,13 @@ from transcribe import decode, isolation, retries, rows, storage
 from transcribe.archive import Recording
 from transcribe.assemble import Coverage, assemble, coverage, coverage_breach
 from transcribe.config import ChannelMode, RunConfig
-from transcribe.engines.base import Engine, EngineInput, Hypothesis, recognise_checked
+from transcribe.engines.base import (
+    Engine,
+    EngineInput,
+    EngineWork,
+    Hypothesis,
+    recognise_checked,
+)
 from transcribe.errors import BadAudio, Fatal
 from transcribe.publish import publish_shard as write_shard
 from transcribe.shards import Shard, shard_id
@@ -70,16 +76,27 @@ class DecodedRecording:
 
 @dataclass(slots=True)
 class StageSeconds:
-    """Seconds that a shard spent in each stage, on one worker's clock."""
+    """Wall seconds that a shard spent in each stage, on one worker's clock.
+
+    `features`, `encoder` and `decoder` are parts of `recognise`. `decode_cpu` and
+    `recognise_cpu` are CPU seconds of the processes, all their threads, over the stages up to
+    `speech_detection` (those of the child included) and over `recognise` and `assemble`.
+    """
 
     read: float = 0.0
     decode: float = 0.0
+    resample: float = 0.0
     speech_detection: float = 0.0
     recognise: float = 0.0
+    features: float = 0.0
+    encoder: float = 0.0
+    decoder: float = 0.0
     assemble: float = 0.0
     publish: float = 0.0
     decode_queue: float = 0.0
     publish_queue: float = 0.0
+    decode_cpu: float = 0.0
+    recognise_cpu: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,6 +129,7 @@ class RecognisedShard:
     decode_peak_bytes: int
     recognise_peak_bytes: int
     started_at: float
+    work: EngineWork = field(default_factory=EngineWork)
     finished_at: float = field(default_factory=time.time)
     batch_limit: int | None = None
     batch_halvings: int = 0
@@ -130,6 +148,7 @@ class ShardSummary:
     channel_seconds: float
     speech_seconds: float
     windows: int
+    work: EngineWork
     seconds: StageSeconds
     device: str
     node: str
@@ -167,13 +186,14 @@ def decode_shard(shard: Shard, config: RunConfig) -> DecodedShard:
         Fatal: no process can be started to decode in.
     """
     seconds = StageSeconds()
-    started_at = time.time()
+    started_at, cpu_before = time.time(), time.process_time()
     decoded = []
     for recording, fetched in _read_ahead(shard.recordings):
         started = time.perf_counter()
         data = _wait(fetched)
         seconds.read += time.perf_counter() - started
         decoded.append(_decode_recording(recording, data, config, seconds))
+    seconds.decode_cpu += time.process_time() - cpu_before
     peak = max(peak_bytes(), isolation.peak_bytes())
     return DecodedShard(shard.shard_id, tuple(decoded), seconds, peak, started_at)
 
@@ -207,12 +227,12 @@ def _decode_recording(
     if isinstance(data, bytes):  # what was read, even if the object changed since it was listed
         md5 = hashlib.md5(data, usedforsecurity=False).hexdigest()
         recording = replace(recording, content_md5=md5)
-    detecting = 0.0
+    apart = Apart()
     try:
         if isinstance(data, BadAudio):
             raise data
         limits = decoding_limits(len(data), recording.duration_s)
-        ((decoded, detecting),) = isolation.collect(heard, (recording, data, config), limits)
+        ((decoded, apart),) = isolation.collect(heard, (recording, data, config), limits)
     except BadAudio as problem:
         decoded = DecodedRecording(recording, problem=problem)
     except Fatal:  # no process to decode in: no recording's fault
@@ -222,8 +242,10 @@ def _decode_recording(
         defect = BadAudio("internal_error", f"unexpected {type(error).__name__} while decoding")
         decoded = DecodedRecording(recording, problem=defect)
     spent = time.perf_counter() - started
-    seconds.decode += spent - detecting
-    seconds.speech_detection += detecting
+    seconds.resample += apart.resample_s
+    seconds.speech_detection += apart.detection_s
+    seconds.decode += spent - apart.resample_s - apart.detection_s
+    seconds.decode_cpu += apart.cpu_s
     return replace(decoded, decode_seconds=spent)
 
 
@@ -236,14 +258,24 @@ def decoding_limits(n_bytes: int, duration_s: float) -> isolation.Limits:
     return isolation.Limits(60.0 + n_bytes / 1e6 + duration_s / 20, _DECODE_MEMORY_BYTES)
 
 
+@dataclass(frozen=True, slots=True)
+class Apart:
+    """Of a recording's decoding: wall seconds of two of its parts, CPU seconds of the child."""
+
+    resample_s: float = 0.0
+    detection_s: float = 0.0
+    cpu_s: float = 0.0
+
+
 def heard(
     recording: Recording, data: bytes, config: RunConfig
-) -> Iterator[tuple[DecodedRecording, float]]:
-    """The recording's windows, and the seconds spent on finding speech; runs in a child process.
+) -> Iterator[tuple[DecodedRecording, Apart]]:
+    """The recording's windows, and what its time went to; runs in a child process.
 
     Raises:
         BadAudio: it cannot be decoded.
     """
+    cpu_before = time.process_time()
     audio = decode.decode(data, recording.uri, config.headerless_format)
     started = time.perf_counter()
     windows, samples, covered = _find_speech(audio.samples, config.channels)
@@ -251,7 +283,8 @@ def heard(
     facts = rows.AudioFacts(
         audio.container, audio.codec, audio.sample_rate, len(audio.samples), audio.duration_s
     )
-    yield DecodedRecording(recording, facts, windows, samples, covered, audio.problem), detecting
+    decoded = DecodedRecording(recording, facts, windows, samples, covered, audio.problem)
+    yield decoded, Apart(audio.resample_seconds, detecting, time.process_time() - cpu_before)
 
 
 @functools.cache
@@ -316,7 +349,8 @@ def recognise_shard(decoded: DecodedShard, engine: Engine, job: Job) -> Recognis
     """Recognise the windows of all recordings of a shard together; build their rows."""
     seconds = decoded.seconds
     seconds.decode_queue = max(0.0, time.time() - decoded.finished_at)
-    started = time.perf_counter()
+    started, cpu_before = time.perf_counter(), time.process_time()
+    work_before = replace(engine.work)
     inputs = [
         EngineInput(samples, group, window.channel)
         for group, recording in enumerate(decoded.recordings)
@@ -326,14 +360,22 @@ def recognise_shard(decoded: DecodedShard, engine: Engine, job: Job) -> Recognis
     hypotheses = recognise_checked(engine, inputs) if inputs else []
     between = time.perf_counter()
     seconds.recognise = between - started
+    work = engine.work.since(work_before)
+    seconds.features, seconds.encoder, seconds.decoder = (
+        work.features_s,
+        work.encoder_s,
+        work.decoder_s,
+    )
     made = _shard_rows(decoded, hypotheses, job, engine)
     seconds.assemble = time.perf_counter() - between
+    seconds.recognise_cpu = time.process_time() - cpu_before
     return RecognisedShard(
         shard_id=decoded.shard_id,
         rows=made,
         windows=len(inputs),
         batch_limit=engine.fitting.budget,
         batch_halvings=engine.fitting.halvings - halvings,
+        work=work,
         seconds=seconds,
         device=engine.device,
         worker=_worker(),
@@ -468,6 +510,7 @@ def _summary(recognised: RecognisedShard) -> ShardSummary:
         channel_seconds=sum((r.get("duration") or 0.0) * (r.get("channels") or 0) for r in own),
         speech_seconds=sum(row.get("speech_duration") or 0.0 for row in own),
         windows=recognised.windows,
+        work=recognised.work,
         seconds=recognised.seconds,
         device=recognised.device,
         node=platform.node(),

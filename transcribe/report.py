@@ -12,11 +12,16 @@ from dataclasses import asdict, dataclass, field, fields
 from datetime import UTC, datetime
 from typing import Any, Literal
 
+from transcribe.bottleneck import EngineTime, verdict
+from transcribe.decode import SAMPLE_RATE
+from transcribe.engines.base import EngineWork
 from transcribe.pipeline import ShardSummary, StageSeconds
 
 Ended = Literal["complete", "interrupted", "stopped"]
 
-_WORK_STAGES = ("read", "decode", "speech_detection", "recognise", "assemble", "publish")
+DECODE_STAGES = ("read", "decode", "resample", "speech_detection")
+ENGINE_STAGES = ("features", "encoder", "decoder")  # parts of `recognise`
+_WORK_STAGES = (*DECODE_STAGES, "recognise", *ENGINE_STAGES, "assemble", "publish")
 
 
 @dataclass(slots=True)
@@ -35,6 +40,7 @@ class Totals:
     windows: int = 0
     shards: int = 0
     stages: StageSeconds = field(default_factory=StageSeconds)
+    work: EngineWork = field(default_factory=EngineWork)
     failures: dict[str, int] = field(default_factory=dict)
 
     def add(self, summary: ShardSummary) -> None:
@@ -47,6 +53,7 @@ class Totals:
         for stage in fields(StageSeconds):
             spent = getattr(self.stages, stage.name) + getattr(summary.seconds, stage.name)
             setattr(self.stages, stage.name, spent)
+        self.work.add(summary.work)
         for kind, count in summary.failures.items():
             self.failures[kind] = self.failures.get(kind, 0) + count
 
@@ -74,6 +81,8 @@ class RunFacts:
 
 def report(facts: RunFacts, totals: Totals, summaries: Sequence[ShardSummary]) -> dict[str, Any]:
     """The content of `report.json`; keys are documented in docs/output.md."""
+    engine_seconds = facts.workers * facts.processing_seconds
+    time = EngineTime.of(summaries, facts.workers)
     return {
         **asdict(facts),
         "recordings": totals.recordings,
@@ -99,8 +108,24 @@ def report(facts: RunFacts, totals: Totals, summaries: Sequence[ShardSummary]) -
         "smallest_batch_limit": min(
             (s.batch_limit for s in summaries if s.batch_limit is not None), default=None
         ),
-        "worker_busy_share": _ratio(
-            totals.stages.recognise, facts.workers * facts.processing_seconds
+        "cpu_seconds": {
+            "decode": totals.stages.decode_cpu,
+            "recognise": totals.stages.recognise_cpu,
+        },
+        "worker_busy_share": _ratio(totals.stages.recognise, engine_seconds),
+        "device_busy_share": _ratio(
+            sum(getattr(totals.stages, stage) for stage in ENGINE_STAGES), engine_seconds
+        ),
+        "engine_time": asdict(time),
+        "padding_share": _left_over(totals.work.heard_samples, totals.work.padded_samples),
+        "decoder_idle_share": _left_over(totals.work.tokens, totals.work.token_slots),
+        "bottleneck": asdict(
+            verdict(
+                time,
+                facts.workers,
+                {name: getattr(totals.stages, name) for name in DECODE_STAGES},
+                {name: getattr(totals.stages, name) for name in ENGINE_STAGES},
+            )
         ),
         "peak_bytes": {
             "driver": facts.driver_peak_bytes,
@@ -114,6 +139,10 @@ def _stage(totals: Totals, name: str) -> dict[str, float | None]:
     """A stage's seconds, summed over workers, and its audio seconds per second."""
     spent: float = getattr(totals.stages, name)
     return {"seconds": spent, "rtfx": _ratio(totals.audio_seconds, spent)}
+
+
+def _left_over(used: float, whole: float) -> float | None:
+    return 1 - used / whole if whole > 0 else None
 
 
 def _ratio(amount: float, seconds: float) -> float | None:
@@ -130,6 +159,11 @@ def _metric_row(run_id: str, summary: ShardSummary) -> dict[str, Any]:
     row.pop("failures")
     seconds = row.pop("seconds")
     row.update({f"{name}_seconds": value for name, value in seconds.items()})
+    work = summary.work
+    row.pop("work")
+    row["heard_seconds"] = work.heard_samples / SAMPLE_RATE
+    row["padded_seconds"] = work.padded_samples / SAMPLE_RATE
+    row["tokens"], row["token_slots"] = work.tokens, work.token_slots
     row["run_id"] = run_id
     row["rtfx"] = _ratio(summary.audio_seconds, summary.seconds.recognise)
     for name in ("started_at", "finished_at"):

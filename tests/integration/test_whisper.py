@@ -1,5 +1,8 @@
 """The Whisper engine with the embedded weights: what it hears, and that batches do not matter."""
 
+import time
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -43,6 +46,16 @@ def heard(engine, windows):
 def test_it_reads_clear_speech(heard):
     score = score_texts(SENTENCES, [h.text for h in heard], ["en"] * len(heard))
     assert score.wer < 0.15
+
+
+def test_its_time_is_accounted_for(engine, windows):
+    before, started = replace(engine.work), time.perf_counter()
+    engine.recognise(windows)
+    spent, work = time.perf_counter() - started, engine.work.since(before)
+    assert min(work.features_s, work.encoder_s, work.decoder_s) > 0
+    assert 0.5 * spent < work.features_s + work.encoder_s + work.decoder_s <= spent
+    assert work.heard_samples == sum(len(w.samples) for w in windows) < work.padded_samples
+    assert 0 < work.tokens < work.token_slots  # the shorter sentences end first
 
 
 def test_times_lie_in_the_window(windows, heard):

@@ -13,18 +13,25 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from transcribe import publish, schema
+from transcribe.engines.base import EngineWork
 from transcribe.pipeline import ShardSummary, StageSeconds
 from transcribe.report import RunFacts, Totals, metric_rows, report
 
 STAGES = StageSeconds(
     read=1.0,
     decode=2.0,
+    resample=3.0,
     speech_detection=4.0,
     recognise=50.0,
+    features=5.0,
+    encoder=30.0,
+    decoder=11.0,
     assemble=0.5,
     publish=0.25,
     decode_queue=8.0,
     publish_queue=16.0,
+    decode_cpu=6.0,
+    recognise_cpu=49.0,
 )
 SUMMARY = ShardSummary(
     shard_id="s1",
@@ -36,6 +43,7 @@ SUMMARY = ShardSummary(
     channel_seconds=1_200.0,
     speech_seconds=400.0,
     windows=30,
+    work=EngineWork(5.0, 30.0, 11.0, 16_000 * 300, 16_000 * 400, 900, 1_000),
     seconds=STAGES,
     device="cpu",
     node="n",
@@ -91,6 +99,13 @@ def test_speed_is_audio_seconds_over_wall_seconds() -> None:
     assert made["rtfx"] == 6.0
     assert made["rtfx_with_startup"] == pytest.approx(600 / 110)
     assert made["worker_busy_share"] == 50.0 / (2 * 100.0)
+    assert made["device_busy_share"] == 46.0 / (2 * 100.0)
+
+
+def test_batches_are_as_full_as_the_work_says() -> None:
+    made = report(FACTS, totals_of(SUMMARY, SUMMARY), [SUMMARY, SUMMARY])
+    assert made["padding_share"] == pytest.approx(0.25)
+    assert made["decoder_idle_share"] == pytest.approx(0.1)
 
 
 def test_what_the_run_was_is_carried_over() -> None:
@@ -109,6 +124,7 @@ def test_a_run_that_did_nothing_has_no_ratios_and_is_json() -> None:
 def test_every_stage_is_reported() -> None:
     made = report(FACTS, totals_of(SUMMARY), [SUMMARY])
     reported = {s["seconds"] for s in made["stages"].values()} | {*made["queue_seconds"].values()}
+    reported |= {*made["cpu_seconds"].values()}
     assert reported == set(dataclasses.asdict(STAGES).values())
 
 
@@ -135,6 +151,7 @@ def test_metric_rows_are_exactly_the_columns_of_the_schema() -> None:
     first, second = rows
     assert (first["run_id"], first["shard_id"], first["rtfx"]) == ("run", "s1", 12.0)
     assert second["rtfx"] is None
+    assert (first["heard_seconds"], first["padded_seconds"]) == (300.0, 400.0)
     assert first["speech_detection_seconds"] == 4.0 and first["decode_queue_seconds"] == 8.0
     assert first["started_at"].isoformat() == "2026-03-01T12:00:00+00:00"
     assert (first["finished_at"] - first["started_at"]).total_seconds() == 60.5

@@ -6,7 +6,7 @@ Knows nothing of recordings, files or Ray. Times are seconds from the window's s
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import astuple, dataclass, replace
 from typing import Protocol
 
 import numpy as np
@@ -96,12 +96,50 @@ class Hypothesis:
         return " ".join(s.text for s in self.segments)
 
 
+@dataclass(slots=True)
+class EngineWork:
+    """Where an engine's time went and how full its batches were: counters that only grow.
+
+    An engine owns one from when it is loaded and adds to it; whoever asks compares two moments
+    (`since`). Seconds are wall seconds of `recognise`, or device seconds if the engine measures
+    them; what they leave of `recognise` is languages, texts and waiting.
+
+    Attributes:
+        features_s: samples -> what the model takes.
+        encoder_s: the encoder; of a CTC model the network.
+        decoder_s: the search for the text, word times included.
+        heard_samples: samples given to the encoder, retries included.
+        padded_samples: the same after padding.
+        tokens: tokens written.
+        token_slots: decoder steps times rows of their batch; a row that is finished before the
+            others of its batch leaves slots empty.
+    """
+
+    features_s: float = 0.0
+    encoder_s: float = 0.0
+    decoder_s: float = 0.0
+    heard_samples: int = 0
+    padded_samples: int = 0
+    tokens: int = 0
+    token_slots: int = 0
+
+    def since(self, before: EngineWork) -> EngineWork:
+        """What was added after `before`, an earlier copy of this."""
+        return EngineWork(*(a - b for a, b in zip(astuple(self), astuple(before), strict=True)))
+
+    def add(self, other: EngineWork) -> None:
+        """Count another's work as well."""
+        for name in self.__slots__:
+            setattr(self, name, getattr(self, name) + getattr(other, name))
+
+
 class Engine(Protocol):
     """A loaded recogniser; `fitting` tells how much it hears at once."""
 
     name: str
     device: str
     fitting: Fitting
+    work: EngineWork
 
     def recognise(self, windows: Sequence[EngineInput]) -> list[Hypothesis]:
         """One hypothesis per window, in order."""

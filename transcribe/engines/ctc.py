@@ -12,6 +12,7 @@ nobody speaks, so `no_speech_prob` is always 0.
 from __future__ import annotations
 
 import itertools
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +24,13 @@ import torch
 from torch import Tensor
 
 from transcribe.decode import SAMPLE_RATE
-from transcribe.engines.base import EngineInput, Hypothesis, HypothesisSegment, HypothesisWord
+from transcribe.engines.base import (
+    EngineInput,
+    EngineWork,
+    Hypothesis,
+    HypothesisSegment,
+    HypothesisWord,
+)
 from transcribe.engines.fitting import Fitting
 from transcribe.engines.whisper_tokens import compression_ratio
 from transcribe.engines.word_edges import sharpened
@@ -80,6 +87,7 @@ class CTC:
         """
         self.device = device
         self.fitting = Fitting(_BATCH_SAMPLES[device])
+        self.work = EngineWork()
         self._words = words
         self._language = language
         self._model = _load_model(model, device)
@@ -105,6 +113,9 @@ class CTC:
     @torch.inference_mode()
     def _hear(self, windows: Sequence[npt.NDArray[np.int16]], length: int) -> list[Hypothesis]:
         log_probs, n_frames = self._log_probs(windows, length)
+        self.work.heard_samples += sum(map(len, windows))
+        self.work.padded_samples += len(windows) * length
+        started = time.perf_counter()
         best, ids = log_probs.max(dim=-1)
         hypotheses = []
         for i, samples in enumerate(windows):
@@ -118,21 +129,27 @@ class CTC:
                 if self._words:
                     tokens = _force_aligned(own, [t.id for t in tokens], self._vocabulary.blank)
             hypotheses.append(self._hypothesis(tokens, samples))
+        self.work.decoder_s += time.perf_counter() - started
         return hypotheses
 
     def _log_probs(
         self, windows: Sequence[npt.NDArray[np.int16]], length: int
     ) -> tuple[Tensor, list[int]]:
         """Log-probabilities `[n_windows, n_frames, n_tokens]` and each window's own frames."""
+        started = time.perf_counter()
         floats = [np.multiply(samples, 1 / 32768, dtype=np.float32) for samples in windows]
         prepare = self._waveforms if self._takes_waveform else self._features
         values, mask = prepare(floats, length)
         masked = {} if mask is None else {"attention_mask": mask.to(self.device)}
         dtype = next(self._model.parameters()).dtype
+        between = time.perf_counter()
         logits = self._model(values.to(self.device, dtype), **masked).logits
         lengths = self._n_valid(floats, mask)
         n_frames = [max(0, min(int(n), logits.shape[1])) for n in lengths]
-        return logits.float().log_softmax(dim=-1), n_frames
+        log_probs = logits.float().log_softmax(dim=-1)
+        self.work.features_s += between - started
+        self.work.encoder_s += time.perf_counter() - between
+        return log_probs, n_frames
 
     def _waveforms(
         self, windows: Sequence[npt.NDArray[np.float32]], length: int

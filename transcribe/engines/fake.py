@@ -9,7 +9,7 @@ from __future__ import annotations
 import zlib
 from collections.abc import Sequence
 
-from transcribe.engines.base import EngineInput, Hypothesis, HypothesisSegment
+from transcribe.engines.base import EngineInput, EngineWork, Hypothesis, HypothesisSegment
 from transcribe.engines.fitting import Fitting
 
 
@@ -21,6 +21,7 @@ class FakeEngine:
 
     def __init__(self) -> None:
         self.fitting = Fitting(8)
+        self.work = EngineWork()
 
     def recognise(self, windows: Sequence[EngineInput]) -> list[Hypothesis]:
         """One segment per window; the same samples always give the same word."""
@@ -36,6 +37,8 @@ class FakeEngine:
         return [self._hear(window) for window in batch]
 
     def _hear(self, window: EngineInput) -> Hypothesis:
+        self.work.heard_samples += len(window.samples)
+        self.work.padded_samples += len(window.samples)
         word = f"w{zlib.crc32(window.samples.tobytes()):08x}"
         segment = HypothesisSegment(0.0, len(window.samples) / 16_000, word)
         return Hypothesis(segments=(segment,), language="en", avg_logprob=-0.1)

@@ -12,7 +12,9 @@ A result that looks wrong is tried again, first with the full 30 s.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
@@ -21,7 +23,7 @@ import numpy.typing as npt
 
 from transcribe.config import Task
 from transcribe.decode import SAMPLE_RATE
-from transcribe.engines.base import EngineInput, Hypothesis, HypothesisSegment
+from transcribe.engines.base import EngineInput, EngineWork, Hypothesis, HypothesisSegment
 from transcribe.engines.fitting import Fitting
 from transcribe.engines.whisper_tokens import WhisperTokens, compression_ratio, says_twice
 from transcribe.engines.whisper_words import Alignment, timed_segments
@@ -75,8 +77,12 @@ class Generated:
 
 
 class WhisperRuntime(Protocol):
-    """A loaded checkpoint: the arithmetic, and nothing else."""
+    """A loaded checkpoint: the arithmetic, and nothing else.
 
+    It counts `features_s` of `work`; whoever calls it counts the rest.
+    """
+
+    work: EngineWork
     name: str
     device: str
     is_multilingual: bool
@@ -180,6 +186,7 @@ class Whisper:
         self.name = runtime.name
         self.device = runtime.device
         self.fitting = Fitting(runtime.batch_windows)
+        self.work = runtime.work
         self._runtime = runtime
         self._tokens = tokens
         self._language = language
@@ -254,7 +261,11 @@ class Whisper:
             outputs = self._encode(windows, members, attempt.full_padding, encoded)
             spoken = [languages[i][0] for i in members]
             prompts = [self._tokens.prompt(language, self._task) for language in spoken]
-            found = self._runtime.generate(outputs, prompts, attempt.search)
+            with self._decoding():
+                found = self._runtime.generate(outputs, prompts, attempt.search)
+            written = [len(result.ids) + 1 for result in found]
+            self.work.tokens += sum(written)
+            self.work.token_slots += len(written) * max(written)
             inputs = [windows[i] for i in members]
             phrased = self._segments(inputs, outputs, spoken, found)
             return [
@@ -274,12 +285,23 @@ class Whisper:
     ) -> list[Encoded]:
         """Encoder output of `members`; what `encoded` holds is taken out of it."""
         missing = [i for i in members if i not in encoded]
-        made = self._runtime.encode(
-            [windows[i].samples for i in missing],
-            [padded_length(windows[i], full_padding) for i in missing],
-        )
+        samples = [windows[i].samples for i in missing]
+        padded = [padded_length(windows[i], full_padding) for i in missing]
+        started, features_before = time.perf_counter(), self.work.features_s
+        made = self._runtime.encode(samples, padded)
+        features = self.work.features_s - features_before
+        self.work.encoder_s += time.perf_counter() - started - features
+        self.work.heard_samples += sum(map(len, samples))
+        self.work.padded_samples += sum(padded)
         encoded.update(zip(missing, made, strict=True))
         return [encoded.pop(i) for i in members]
+
+    @contextmanager
+    def _decoding(self) -> Iterator[None]:
+        """Count what is done inside as the decoder's."""
+        started = time.perf_counter()
+        yield
+        self.work.decoder_s += time.perf_counter() - started
 
     def _segments(
         self,
@@ -300,12 +322,13 @@ class Whisper:
             for result, duration in zip(found, durations, strict=True)
         ]
         speaking = [i for i, spoken in enumerate(phrases) if spoken]
-        alignments = self._runtime.align(
-            [outputs[i] for i in speaking],
-            [self._tokens.prompt(languages[i], self._task) for i in speaking],
-            [[token for phrase in phrases[i] for token in phrase.ids] for i in speaking],
-            [max(1, round(durations[i] / SECONDS_PER_FRAME)) for i in speaking],
-        )
+        with self._decoding():
+            alignments = self._runtime.align(
+                [outputs[i] for i in speaking],
+                [self._tokens.prompt(languages[i], self._task) for i in speaking],
+                [[token for phrase in phrases[i] for token in phrase.ids] for i in speaking],
+                [max(1, round(durations[i] / SECONDS_PER_FRAME)) for i in speaking],
+            )
         aligned = dict(zip(speaking, alignments, strict=True))
         return [
             timed_segments(self._tokens, spoken, aligned[i], languages[i], windows[i].samples)
@@ -358,7 +381,8 @@ class Whisper:
         for index in voters[:_WINDOWS_PER_LANGUAGE_VOTE]:
             (output,) = self._encode(windows, [index], False, encoded)
             encoded[index] = output
-            told = self._runtime.language_probabilities(output)
+            with self._decoding():
+                told = self._runtime.language_probabilities(output)
             vote = vote + LanguageVote.of(told, len(windows[index].samples))
         return vote
 

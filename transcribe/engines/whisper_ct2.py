@@ -6,12 +6,14 @@ them is in `whisper.py`.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from transcribe.engines.base import EngineWork
 from transcribe.engines.log_mel import LogMel
 from transcribe.engines.whisper import (
     FULL_SAMPLES,
@@ -41,6 +43,7 @@ class CTranslate2Runtime:
         import ctranslate2
 
         self.device = device
+        self.work = EngineWork()
         self.batch_windows = 8 if device == "cpu" else 32
         self._ct2 = ctranslate2
         try:
@@ -70,7 +73,10 @@ class CTranslate2Runtime:
 
     def _encoder_output(self, samples: Samples, length: int) -> _Encoded:
         """`samples` padded to `length` through the encoder: `[1, length / 320, d_model]`."""
-        view = self._ct2.StorageView.from_array(self._features([samples], length).numpy())
+        started = time.perf_counter()
+        features = self._features([samples], length).numpy()
+        self.work.features_s += time.perf_counter() - started
+        view = self._ct2.StorageView.from_array(features)
         output = self._model.encode(view, to_cpu=self.device != "cpu")
         return np.array(output, dtype=np.float32)
 

@@ -6,6 +6,7 @@ What is done with it is in `whisper.py`. bfloat16 or float16 on a GPU, float32 o
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from typing import Any
 
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor
 
 from transcribe.batching import plan_batches
+from transcribe.engines.base import EngineWork
 from transcribe.engines.log_mel import LogMel
 from transcribe.engines.whisper import (
     FULL_SAMPLES,
@@ -46,6 +48,7 @@ class TorchRuntime:
         if device == "cpu":
             torch.set_num_threads(threads)
         self.device = device
+        self.work = EngineWork()
         self.batch_windows = 8 if device == "cpu" else 64
         self._model = _load(model, device)
         config = self._model.config
@@ -77,7 +80,9 @@ class TorchRuntime:
         The encoder's own `forward` takes 30 s only, so its layers are called one by one.
         """
         encoder = self._model.model.encoder
+        started = time.perf_counter()
         features = self._features(windows, length).to(self._dtype)
+        self.work.features_s += time.perf_counter() - started
         hidden = torch.nn.functional.gelu(encoder.conv1(features))
         hidden = torch.nn.functional.gelu(encoder.conv2(hidden)).transpose(1, 2)
         hidden = hidden + encoder.embed_positions.weight[: hidden.shape[1]]
