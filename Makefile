@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo test test-long check audit lock image-steps clean
+.PHONY: demo test test-long bench check audit lock image-steps clean
 
 demo: $(INSTALLED)
 	$(BIN)/python -m jobs.demo
@@ -15,6 +15,10 @@ test: $(INSTALLED)
 
 test-long: $(INSTALLED)
 	$(BIN)/python -m pytest -m long
+
+# All installed peers and our job on the embedded model: under 15 minutes on 2 cores.
+bench: $(VENV)/.bench
+	$(BIN)/transcribe bench --out bench --minutes 6 --price 0.10
 
 check: $(INSTALLED)
 	$(BIN)/ruff check .
@@ -34,6 +38,11 @@ $(INSTALLED): requirements.lock pyproject.toml
 	$(BIN)/python -m pip install --quiet --no-deps --editable .
 	touch $@
 
+# The benchmark's peers, beside what the lock says.
+$(VENV)/.bench: $(INSTALLED)
+	$(BIN)/python -m pip install --quiet --constraint requirements.lock --editable '.[bench]'
+	touch $@
+
 # Resolve pyproject.toml anew and write down what came out.
 lock:
 	rm -rf build/lock
@@ -42,7 +51,7 @@ lock:
 	build/lock/bin/python -m pip freeze | grep -v '^transcribe' > requirements.lock
 
 clean:
-	rm -rf $(VENV) build demo
+	rm -rf $(VENV) build demo bench
 
 # The Dockerfile's own steps and smoke command in a clean environment, where no Docker can build it.
 image-steps:

@@ -183,7 +183,7 @@ class Turn:
     end_s: float
 
 
-class _Format(NamedTuple):
+class Format(NamedTuple):
     """How a recording is stored: what a real archive mixes without telling anybody."""
 
     suffix: str
@@ -192,37 +192,37 @@ class _Format(NamedTuple):
     layout: Literal["stereo", "mono", "dual_mono"]
 
 
-_MULAW = _Format("wav", "ULAW", 8000, "stereo")
-_ALAW = _Format("wav", "ALAW", 8000, "stereo")
+_MULAW = Format("wav", "ULAW", 8000, "stereo")
+_ALAW = Format("wav", "ALAW", 8000, "stereo")
 
 # One entry per call, in the order of their numbers.
-_CALL_FORMATS: tuple[_Format, ...] = (
+CALL_FORMATS: tuple[Format, ...] = (
     _MULAW,
     _ALAW,
     _MULAW,
-    _Format("flac", "PCM_16", 16000, "mono"),
+    Format("flac", "PCM_16", 16000, "mono"),
     _MULAW,
-    _Format("mp3", "MPEG_LAYER_III", 8000, "stereo"),
+    Format("mp3", "MPEG_LAYER_III", 8000, "stereo"),
     _ALAW,
     _MULAW,
-    _Format("ogg", "OPUS", 16000, "stereo"),
+    Format("ogg", "OPUS", 16000, "stereo"),
     _MULAW,
-    _Format("m4a", "AAC", 44100, "stereo"),
+    Format("m4a", "AAC", 44100, "stereo"),
     _ALAW,
-    _Format("flac", "PCM_16", 44100, "stereo"),
+    Format("flac", "PCM_16", 44100, "stereo"),
     _MULAW,
-    _Format("mp3", "MPEG_LAYER_III", 8000, "mono"),
+    Format("mp3", "MPEG_LAYER_III", 8000, "mono"),
     _MULAW,
     _ALAW,
-    _Format("ogg", "OPUS", 16000, "mono"),
+    Format("ogg", "OPUS", 16000, "mono"),
     _MULAW,
-    _Format("wav", "PCM_16", 8000, "dual_mono"),
-    _Format("mp3", "MPEG_LAYER_III", 16000, "mono"),
+    Format("wav", "PCM_16", 8000, "dual_mono"),
+    Format("mp3", "MPEG_LAYER_III", 16000, "mono"),
     _ALAW,
     _MULAW,
-    _Format("m4a", "AAC", 16000, "mono"),
-    _Format("flac", "PCM_16", 16000, "mono"),
-    _Format("flac", "PCM_16", 44100, "stereo"),
+    Format("m4a", "AAC", 16000, "mono"),
+    Format("flac", "PCM_16", 16000, "mono"),
+    Format("flac", "PCM_16", 44100, "stereo"),
 )
 
 _CALLS_PER_DAY = 8
@@ -295,7 +295,7 @@ _SYNTH_CALLBACK = ctypes.CFUNCTYPE(
 )
 
 
-class _Synthesiser:
+class Synthesiser:
     """One private instance of espeak-ng: its state depends on nothing but the calls made here."""
 
     def __init__(self) -> None:
@@ -347,8 +347,8 @@ class _Synthesiser:
 
 
 @functools.cache
-def _shared_synthesiser() -> _Synthesiser:
-    return _Synthesiser()
+def _shared_synthesiser() -> Synthesiser:
+    return Synthesiser()
 
 
 def _load_private_copy(library: Path) -> ctypes.CDLL:
@@ -358,19 +358,19 @@ def _load_private_copy(library: Path) -> ctypes.CDLL:
 
 
 def _write_calls(folder: Path, seed: int) -> list[dict[str, Any]]:
-    synthesiser = _Synthesiser()
+    synthesiser = Synthesiser()
     rows = []
-    for index, fmt in enumerate(_CALL_FORMATS):
+    for index, fmt in enumerate(CALL_FORMATS):
         rng = np.random.default_rng([seed, index])
-        turns, channels = _call(synthesiser, rng, DIALOGUES[index % len(DIALOGUES)])
+        turns, channels = spoken_call(synthesiser, rng, DIALOGUES[index % len(DIALOGUES)])
         path = _call_path(folder, index, fmt.suffix)
-        _write_audio(path, _as_recorded(channels, fmt, rng), fmt)
+        write_audio(path, as_recorded(channels, fmt, rng), fmt)
         rows.append(_reference_row(path, turns, fmt, "call", "ok"))
     return rows
 
 
-def _call(
-    synthesiser: _Synthesiser, rng: np.random.Generator, dialogue: Sequence[str]
+def spoken_call(
+    synthesiser: Synthesiser, rng: np.random.Generator, dialogue: Sequence[str]
 ) -> tuple[list[Turn], Samples]:
     """Speak a dialogue: its turns, and samples of shape (2, n) at SYNTH_RATE (agent first)."""
     slots = {name: str(rng.choice(values)) for name, values in SLOTS.items()}
@@ -414,7 +414,7 @@ def _at_level(samples: Samples, dbfs: float) -> Samples:
     return samples * np.float32(min(gain, 0.98 / float(np.abs(samples).max())))
 
 
-def _as_recorded(channels: Samples, fmt: _Format, rng: np.random.Generator) -> Samples:
+def as_recorded(channels: Samples, fmt: Format, rng: np.random.Generator) -> Samples:
     """A call (2, n) at SYNTH_RATE as the recorder heard it: (channels, m) at the format's rate."""
     resampled = torchaudio.functional.resample(torch.from_numpy(channels), SYNTH_RATE, fmt.rate_hz)
     heard: Samples = resampled.numpy()
@@ -444,16 +444,16 @@ def _telephone_band(channels: Samples) -> Samples:
 
 def _write_odd_files(folder: Path, seed: int) -> list[dict[str, Any]]:
     """The recordings every real archive has and no demo shows."""
-    rng = np.random.default_rng([seed, len(_CALL_FORMATS)])
-    first = len(_CALL_FORMATS)
+    rng = np.random.default_rng([seed, len(CALL_FORMATS)])
+    first = len(CALL_FORMATS)
     mono = _MULAW._replace(layout="mono")
     n_samples = int(NO_SPEECH_S * 8000)
 
     silent = _call_path(folder, first, "wav")
-    _write_audio(silent, np.zeros((2, n_samples), np.float32), _MULAW)
+    write_audio(silent, np.zeros((2, n_samples), np.float32), _MULAW)
 
     noisy = _call_path(folder, first + 1, "wav")
-    _write_audio(noisy, _pink_noise(rng, n_samples)[None], mono)
+    write_audio(noisy, _pink_noise(rng, n_samples)[None], mono)
 
     truncated = _call_path(folder, first + 2, "wav")
     turns_left = _write_truncated(truncated, rng)
@@ -486,9 +486,9 @@ def _write_truncated(path: Path, rng: np.random.Generator) -> list[Turn]:
 
     The header still promises the whole call. Returns the turns that are left.
     """
-    turns, channels = _call(_Synthesiser(), rng, DIALOGUES[0])
+    turns, channels = spoken_call(Synthesiser(), rng, DIALOGUES[0])
     left = turns[: len(turns) // 2]
-    _write_audio(path, _as_recorded(channels, _MULAW, rng), _MULAW)
+    write_audio(path, as_recorded(channels, _MULAW, rng), _MULAW)
     cut_s = (left[-1].end_s + turns[len(left)].start_s) / 2
     n_header_bytes = path.stat().st_size - 2 * round(channels.shape[1] * 8000 / SYNTH_RATE)
     with path.open("r+b") as file:
@@ -496,7 +496,8 @@ def _write_truncated(path: Path, rng: np.random.Generator) -> list[Turn]:
     return left
 
 
-def _write_audio(path: Path, channels: Samples, fmt: _Format) -> None:
+def write_audio(path: Path, channels: Samples, fmt: Format) -> None:
+    """Write samples (channels, n), made by `as_recorded`, as a file of that format."""
     if fmt.subtype == "AAC":
         _write_aac(path, channels, fmt.rate_hz)
     else:
@@ -523,7 +524,7 @@ def _call_path(folder: Path, index: int, suffix: str) -> Path:
 
 
 def _reference_row(
-    path: Path, turns: Sequence[Turn], fmt: _Format, kind: str, expect: str
+    path: Path, turns: Sequence[Turn], fmt: Format, kind: str, expect: str
 ) -> dict[str, Any]:
     channel_of = {"agent": 0, "customer": 1 if fmt.layout == "stereo" else 0}
     n_channels = 2 if fmt.layout == "stereo" else 1

@@ -12,6 +12,7 @@ import signal
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from types import FrameType
@@ -395,6 +396,88 @@ def _checks(cluster: str, archive: str | None, out: str | None, model: str) -> I
             yield from checks.cluster_checks(distributed.on_every_node(model, None))
         finally:
             distributed.disconnect()
+
+
+@app.command()
+def bench(
+    out: Annotated[
+        Path,
+        typer.Option(help="Folder for `report.html`, `report.json` and logs.", show_default=False),
+    ],
+    archive: Annotated[
+        str | None,
+        typer.Argument(
+            help="Recordings on this machine, as for `run`; left out, some are spoken by a"
+            " synthesiser.",
+            show_default=False,
+        ),
+    ] = None,
+    reference: Annotated[
+        str | None,
+        typer.Option(
+            metavar="FILE",
+            help="What is said in ARCHIVE, as for `score`; recordings it does not name are left"
+            " out.",
+        ),
+    ] = None,
+    shape: Annotated[
+        str,
+        typer.Option(
+            help="What to speak without ARCHIVE: `calls` (5 to 600 s, many pauses), `clips` (1 to"
+            " 10 s), `long` (over 10 minutes) or `codecs` (many formats)."
+        ),
+    ] = "calls",
+    minutes: Annotated[
+        float | None,
+        typer.Option(help="Audio minutes to take or to speak; left out, all, or 10."),
+    ] = None,
+    model: Annotated[str, typer.Option(help="As for `run`.")] = EMBEDDED_MODEL,
+    language: Annotated[
+        str | None, typer.Option(help="Language of all speech, told to every contender.")
+    ] = "en",
+    device: Annotated[str, typer.Option(help="`cpu` or `cuda`.")] = "cpu",
+    rounds: Annotated[int, typer.Option(min=1, help="Rounds of each contender.")] = 3,
+    only: Annotated[str, typer.Option(help="Names of contenders, separated by commas.")] = "",
+    whole: Annotated[
+        bool, typer.Option("--whole", help="Slow peers get all files too, not a quarter.")
+    ] = False,
+    scaling: Annotated[
+        bool, typer.Option("--scaling", help="Measure one worker on one core as well.")
+    ] = False,
+    price: Annotated[
+        float | None, typer.Option(help="Price of this machine per hour, to reckon cost with.")
+    ] = None,
+) -> None:
+    """Measure this program and every installed peer on the same files, weights and cores.
+
+    Needs `pip install 'transcribe[bench]'`.
+    """
+    say = partial(Console().print, highlight=False, markup=False, soft_wrap=True)
+    try:
+        from jobs.benchmark.bench import Options, benchmark, table
+
+        options = Options(
+            archive=archive,
+            out=out,
+            reference=reference,
+            shape=shape,
+            minutes=minutes,
+            model=model,
+            language=language,
+            device=device,
+            rounds=rounds,
+            only=[name.strip() for name in only.split(",") if name.strip()],
+            whole=whole,
+            scaling=scaling,
+            price=price,
+        )
+        say("\n".join(["", *table(benchmark(options, say)), "", f"report  {out / 'report.html'}"]))
+    except ModuleNotFoundError as error:
+        _complain(f"{error.name} is not installed: pip install 'transcribe[bench]'")
+        raise typer.Exit(2) from None
+    except TranscribeError as error:
+        _complain(error)
+        raise typer.Exit(2) from None
 
 
 def main() -> None:

@@ -132,7 +132,7 @@ def _summary_lines(result: dict[str, object]) -> list[tuple[str, str]]:
     if isinstance(failures, dict) and failures:
         lines.append(("failures", ", ".join(f"{kind} {count}" for kind, count in failures.items())))
     lines.append(("output", f"{result['out']}/transcripts/*.parquet"))
-    lines.append(("report", f"{result['out']}/runs/{result['run_id']}/report.json"))
+    lines.append(("report", f"{result['out']}/runs/{result['run_id']}/report.html"))
     return lines
 
 

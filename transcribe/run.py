@@ -27,7 +27,9 @@ from transcribe.claims import Claim
 from transcribe.config import RunConfig, fingerprint, result_settings
 from transcribe.duplicates import Duplicate
 from transcribe.engines.load import FAKE_MODEL, model_revision, refuse_impossible
+from transcribe.environment import environment
 from transcribe.errors import Fatal, TranscribeError
+from transcribe.page import run_page
 from transcribe.pipeline import Job, ShardSummary, peak_bytes
 from transcribe.printable import printable, redacted
 from transcribe.report import Ended, RunFacts, Totals, metric_rows, report
@@ -388,15 +390,20 @@ def _finish(
         driver_peak_bytes=peak_bytes(),
     )
     result = report(facts, totals, summaries)
+    result["environment"] = environment()
     if ended == "complete":
         result["published"] = publish.status_counts(plan.config.out)
     if summaries or ended != "complete":
-        metrics = publish.parquet_bytes(metric_rows(plan.run_id, summaries), schema.METRICS)
-        storage.put(publish.run_url(plan.config.out, plan.run_id, "metrics.parquet"), metrics)
+        rows = metric_rows(plan.run_id, summaries)
+        _put(plan, "metrics.parquet", publish.parquet_bytes(rows, schema.METRICS))
         _write(plan, "report.json", result)
+        _put(plan, "report.html", run_page(result, rows).encode())
     return result
 
 
 def _write(plan: Plan, name: str, content: dict[str, Any]) -> None:
-    url = publish.run_url(plan.config.out, plan.run_id, name)
-    storage.put(url, json.dumps(content, indent=2, sort_keys=True).encode())
+    _put(plan, name, json.dumps(content, indent=2, sort_keys=True).encode())
+
+
+def _put(plan: Plan, name: str, content: bytes) -> None:
+    storage.put(publish.run_url(plan.config.out, plan.run_id, name), content)

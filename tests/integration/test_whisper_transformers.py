@@ -13,8 +13,8 @@ import torch
 import torchaudio
 from typer.testing import CliRunner
 
+from jobs.benchmark.weights import make_transformers_checkpoint
 from jobs.sample_archive import SYNTH_RATE, speak
-from tests.integration.whisper_checkpoint import make_transformers_checkpoint
 from transcribe.cli import app
 from transcribe.decode import decode
 from transcribe.engines.base import EngineInput
