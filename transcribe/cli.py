@@ -1,8 +1,8 @@
 """The `transcribe` command: flags in, exit code out.
 
 Owns wording of the help and the meaning of exit codes (0 done, 1 done but too many
-recordings failed, 2 could not be done, 130 interrupted, 143 told to end). All work is in
-`run.py` and `evaluate.py`.
+recordings failed, 2 could not be done, 3 stopped by its budget, 130 interrupted, 143 told to end).
+All work is in `run.py` and `evaluate.py`.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import signal
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -23,6 +24,7 @@ from rich.console import Console
 
 from transcribe.config import EMBEDDED_MODEL, RunConfig
 from transcribe.errors import TranscribeError
+from transcribe.notify import Notifier, notifier
 from transcribe.printable import printable
 
 if TYPE_CHECKING:
@@ -38,6 +40,7 @@ app = typer.Typer(
 
 _SPEECH = "What is heard"
 _PLACE = "Where it runs"
+_BUDGET = "What it may cost, and who is told"
 
 
 def _print_version(wanted: bool) -> None:
@@ -56,17 +59,96 @@ def _common(
     """Transcribe archives of audio recordings on Ray: one Parquet row per recording."""
 
 
+# Flags that more than one command has.
+_Archive = Annotated[
+    str,
+    typer.Argument(
+        help="Recordings: a directory, a prefix (`gs://bucket/calls`), a glob, one file, or a"
+        " manifest (CSV, JSONL or Parquet with a `uri` column; other columns are carried"
+        " through as `metadata`).",
+        show_default=False,
+    ),
+]
+_Model = Annotated[
+    str,
+    typer.Option(
+        help="The embedded model, a directory or `gs://` prefix of weights, or a hub id"
+        " (`facebook/wav2vec2-base-960h`): Whisper as CTranslate2 or safetensors, CTC models"
+        " (wav2vec2, HuBERT, Parakeet-CTC ...) as safetensors."
+    ),
+]
+_Engine = Annotated[
+    str | None,
+    typer.Option(
+        help="What runs the model: `whisper-ctranslate2`, `whisper-transformers` or"
+        " `ctc-transformers`; left out, the model's own files decide."
+    ),
+]
+_Lm = Annotated[
+    str | None,
+    typer.Option(help="KenLM n-gram that helps a CTC model choose words (`.arpa`, `.bin`)."),
+]
+_Task = Annotated[
+    str,
+    typer.Option(
+        help="`transcribe`, or `translate` into English (Whisper only).",
+        rich_help_panel=_SPEECH,
+    ),
+]
+_Words = Annotated[
+    bool,
+    typer.Option(
+        "--words", help="Give every word its times and probability.", rich_help_panel=_SPEECH
+    ),
+]
+_Language = Annotated[
+    str | None,
+    typer.Option(
+        help="Language of all speech (`en`, `de`, ...); left out, it is detected from each"
+        " recording's speech.",
+        rich_help_panel=_SPEECH,
+    ),
+]
+_Channels = Annotated[
+    str,
+    typer.Option(
+        help="`split` keeps channels apart, `mix` averages them, `auto` splits unless they"
+        " carry the same signal.",
+        rich_help_panel=_SPEECH,
+    ),
+]
+_Headerless = Annotated[
+    str | None,
+    typer.Option(
+        help="What `.raw`, `.pcm` and other files without a header hold, as"
+        " `encoding:rate:channels`: `mulaw:8000:1`, `s16le:8000:2`.",
+        rich_help_panel=_SPEECH,
+    ),
+]
+_DeviceFlag = Annotated[
+    str,
+    typer.Option(help="`cpu`, `cuda`, or `auto`: GPUs if there are any.", rich_help_panel=_PLACE),
+]
+_Workers = Annotated[
+    int | None,
+    typer.Option(
+        help="Engines at work at once; left out, one per GPU or CPU core.",
+        rich_help_panel=_PLACE,
+    ),
+]
+_ShardMinutes = Annotated[
+    float | None,
+    typer.Option(
+        help="Audio minutes worked on and published together; left out, 1/64 of the archive,"
+        " from 2 to 60 minutes.",
+        rich_help_panel=_PLACE,
+    ),
+]
+
+
 @app.command()
 def run(
-    archive: Annotated[
-        str,
-        typer.Argument(
-            help="Recordings: a directory, a prefix (`gs://bucket/calls`), a glob, one file, or a"
-            " manifest (CSV, JSONL or Parquet with a `uri` column; other columns are carried"
-            " through as `metadata`).",
-            show_default=False,
-        ),
-    ],
+    archive: _Archive,
     out: Annotated[
         str,
         typer.Argument(
@@ -75,54 +157,13 @@ def run(
             show_default=False,
         ),
     ],
-    model: Annotated[
-        str,
-        typer.Option(
-            help="The embedded model, a directory or `gs://` prefix of weights, or a hub id"
-            " (`facebook/wav2vec2-base-960h`): Whisper as CTranslate2 or safetensors, CTC models"
-            " (wav2vec2, HuBERT, Parakeet-CTC ...) as safetensors."
-        ),
-    ] = EMBEDDED_MODEL,
-    engine: Annotated[
-        str | None,
-        typer.Option(
-            help="What runs the model: `whisper-ctranslate2`, `whisper-transformers` or"
-            " `ctc-transformers`; left out, the model's own files decide."
-        ),
-    ] = None,
-    lm: Annotated[
-        str | None,
-        typer.Option(help="KenLM n-gram that helps a CTC model choose words (`.arpa`, `.bin`)."),
-    ] = None,
-    task: Annotated[
-        str,
-        typer.Option(
-            help="`transcribe`, or `translate` into English (Whisper only).",
-            rich_help_panel=_SPEECH,
-        ),
-    ] = "transcribe",
-    words: Annotated[
-        bool,
-        typer.Option(
-            "--words", help="Give every word its times and probability.", rich_help_panel=_SPEECH
-        ),
-    ] = False,
-    language: Annotated[
-        str | None,
-        typer.Option(
-            help="Language of all speech (`en`, `de`, ...); left out, it is detected from each"
-            " recording's speech.",
-            rich_help_panel=_SPEECH,
-        ),
-    ] = None,
-    channels: Annotated[
-        str,
-        typer.Option(
-            help="`split` keeps channels apart, `mix` averages them, `auto` splits unless they"
-            " carry the same signal.",
-            rich_help_panel=_SPEECH,
-        ),
-    ] = "auto",
+    model: _Model = EMBEDDED_MODEL,
+    engine: _Engine = None,
+    lm: _Lm = None,
+    task: _Task = "transcribe",
+    words: _Words = False,
+    language: _Language = None,
+    channels: _Channels = "auto",
     speakers: Annotated[
         str,
         typer.Option(
@@ -130,14 +171,7 @@ def run(
             rich_help_panel=_SPEECH,
         ),
     ] = "",
-    headerless: Annotated[
-        str | None,
-        typer.Option(
-            help="What `.raw`, `.pcm` and other files without a header hold, as"
-            " `encoding:rate:channels`: `mulaw:8000:1`, `s16le:8000:2`.",
-            rich_help_panel=_SPEECH,
-        ),
-    ] = None,
+    headerless: _Headerless = None,
     max_failed: Annotated[
         float,
         typer.Option(help="Largest share of failed recordings that still exits 0."),
@@ -150,27 +184,9 @@ def run(
             rich_help_panel=_PLACE,
         ),
     ] = None,
-    device: Annotated[
-        str,
-        typer.Option(
-            help="`cpu`, `cuda`, or `auto`: GPUs if there are any.", rich_help_panel=_PLACE
-        ),
-    ] = "auto",
-    workers: Annotated[
-        int | None,
-        typer.Option(
-            help="Engines at work at once; left out, one per GPU or CPU core.",
-            rich_help_panel=_PLACE,
-        ),
-    ] = None,
-    shard_minutes: Annotated[
-        float | None,
-        typer.Option(
-            help="Audio minutes worked on and published together; left out, 1/64 of the archive,"
-            " from 2 to 60 minutes.",
-            rich_help_panel=_PLACE,
-        ),
-    ] = None,
+    device: _DeviceFlag = "auto",
+    workers: _Workers = None,
+    shard_minutes: _ShardMinutes = None,
     wait_for_workers: Annotated[
         float,
         typer.Option(
@@ -178,6 +194,59 @@ def run(
             rich_help_panel=_PLACE,
         ),
     ] = 600.0,
+    max_workers: Annotated[
+        int | None,
+        typer.Option(
+            help="Engines at most, however large the cluster is or grows.", rich_help_panel=_PLACE
+        ),
+    ] = None,
+    price_per_hour: Annotated[
+        float | None,
+        typer.Option(
+            help="US dollars per hour of one machine; left out, the price catalogue is asked for"
+            " the cluster's machine types.",
+            rich_help_panel=_BUDGET,
+        ),
+    ] = None,
+    machine_type: Annotated[
+        str | None,
+        typer.Option(
+            help="What machines are that do not say it themselves, as the catalogue names it:"
+            " `g2-standard-4`, `g2-standard-4:spot`.",
+            rich_help_panel=_BUDGET,
+        ),
+    ] = None,
+    max_spend: Annotated[
+        float | None,
+        typer.Option(
+            help="US dollars after which the run stops at the end of a shard, with exit code 3.",
+            rich_help_panel=_BUDGET,
+        ),
+    ] = None,
+    max_hours: Annotated[
+        float | None,
+        typer.Option(help="Hours after which it stops in the same way.", rich_help_panel=_BUDGET),
+    ] = None,
+    notify: Annotated[
+        str | None,
+        typer.Option(
+            metavar="URL",
+            help="Webhook that gets JSON (with `text`, as Slack wants it) when 50, 80 and 100 % of"
+            " the budget are used and when the run ends; signed if $TRANSCRIBE_NOTIFY_SECRET is"
+            " set.",
+            envvar="TRANSCRIBE_NOTIFY_URL",
+            show_envvar=True,
+            rich_help_panel=_BUDGET,
+        ),
+    ] = None,
+    notify_command: Annotated[
+        str | None,
+        typer.Option(
+            metavar="COMMAND",
+            help="Program that gets the same JSON on its standard input; no shell is involved.",
+            rich_help_panel=_BUDGET,
+        ),
+    ] = None,
 ) -> None:
     """Transcribe ARCHIVE into OUT.
 
@@ -206,9 +275,15 @@ def run(
             shard_minutes=shard_minutes,
             max_failed=max_failed,
             wait_for_workers_s=wait_for_workers,
+            max_workers=max_workers,
+            price_per_hour=price_per_hour,
+            machine_type=machine_type,
+            max_spend=max_spend,
+            max_hours=max_hours,
         )
+        news = notifier(notify, notify_command)
         with _ending_on_sigterm():
-            result = _run(config, address or os.environ.get("RAY_ADDRESS"), console)
+            result = _run(config, address or os.environ.get("RAY_ADDRESS"), console, news)
     except TranscribeError as error:
         _complain(error)
         raise typer.Exit(2) from None
@@ -218,14 +293,20 @@ def run(
     except KeyboardInterrupt:
         _complain(f"Interrupted; {_STAYS}")
         raise typer.Exit(130) from None
+    if result["budget_reached"]:
+        why = f"Stopped: {result['budget_reached']}; {_STAYS}"
+        console.print(why, highlight=False, markup=False, soft_wrap=True)
+        raise typer.Exit(3)
     raise typer.Exit(_exit_code(result, max_failed, console))
 
 
-def _run(config: RunConfig, address: str | None, console: Console) -> dict[str, Any]:
+def _run(
+    config: RunConfig, address: str | None, console: Console, news: Notifier
+) -> dict[str, Any]:
     from transcribe import run as driver
     from transcribe.progress import print_summary
 
-    result = driver.transcribe(config, address, console)
+    result = driver.transcribe(config, address, console, news)
     if result["recordings"]:
         print_summary(console, result)
     else:
@@ -289,6 +370,139 @@ def _complain(message: object) -> None:
         emoji=False,
         soft_wrap=True,
     )
+
+
+@app.command()
+def plan(
+    archive: _Archive,
+    out: Annotated[
+        str | None,
+        typer.Option(
+            help="The OUT of the run to come: what is done there is left out, and the forecast is"
+            " kept there, so that the run's report can say how far it was off.",
+        ),
+    ] = None,
+    model: _Model = EMBEDDED_MODEL,
+    engine: _Engine = None,
+    lm: _Lm = None,
+    task: _Task = "transcribe",
+    words: _Words = False,
+    language: _Language = None,
+    channels: _Channels = "auto",
+    headerless: _Headerless = None,
+    device: _DeviceFlag = "auto",
+    workers: _Workers = None,
+    shard_minutes: _ShardMinutes = None,
+    sample: Annotated[
+        int,
+        typer.Option(min=0, help="Headers to read, spread over the archive; 0 reads them all."),
+    ] = 1_000,
+    try_here: Annotated[
+        bool,
+        typer.Option(
+            "--pilot/--no-pilot",
+            help="Transcribe some minutes of the archive on this machine, to learn how much speech"
+            " there is in it and how fast that goes.",
+        ),
+    ] = True,
+    deadline: Annotated[
+        float, typer.Option(metavar="HOURS", help="When it has to be ready.", min=0.01)
+    ] = 24.0,
+    price_per_hour: Annotated[
+        float | None, typer.Option(help="US dollars per hour of this machine.")
+    ] = None,
+    prices_file: Annotated[
+        str | None,
+        typer.Option("--prices", metavar="FILE", help="Another catalogue of machines and prices."),
+    ] = None,
+    price: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="KIND=USD",
+            help="Another price of one kind of machine: `g2-standard-4:spot=0.25`; repeatable.",
+        ),
+    ] = None,
+    show: Annotated[int, typer.Option(min=1, help="Kinds of machines to show.")] = 8,
+    json_file: Annotated[
+        str | None, typer.Option("--json", metavar="FILE", help="Write the forecast there as JSON.")
+    ] = None,
+) -> None:
+    """Say what ARCHIVE holds, and how long and how much it will take, before anything is spent."""
+    console = Console()
+    try:
+        config = RunConfig(
+            archive=archive,
+            out=out if out is not None else "none",
+            model=model,
+            engine=engine,  # type: ignore[arg-type]  # RunConfig checks it
+            language_model=lm,
+            task=task,  # type: ignore[arg-type]
+            words=words,
+            headerless=headerless,
+            language=language,
+            channels=channels,  # type: ignore[arg-type]
+            device=device,  # type: ignore[arg-type]
+            workers=workers,
+            shard_minutes=shard_minutes,
+            price_per_hour=price_per_hour,
+        )
+        from transcribe import forecast
+        from transcribe.prices import load_catalogue
+
+        made = forecast.forecast(
+            config,
+            out=out,
+            n_sampled=sample or None,
+            try_here=try_here,
+            catalogue=load_catalogue(prices_file, price or ()),
+            deadline_hours=deadline,
+            say=partial(console.print, highlight=False, markup=False, soft_wrap=True),
+        )
+        made.keep(out, json_file)
+        for line in made.lines(show):
+            console.print(
+                printable(line), highlight=False, markup=False, emoji=False, soft_wrap=True
+            )
+    except TranscribeError as error:
+        _complain(error)
+        raise typer.Exit(2) from None
+
+
+@app.command()
+def status(
+    out: Annotated[
+        str, typer.Argument(help="The OUT of a run: a directory or a prefix.", show_default=False)
+    ],
+    watch: Annotated[
+        float | None,
+        typer.Option(
+            min=1.0, metavar="SECONDS", help="Show it again every so often until the run ends."
+        ),
+    ] = None,
+) -> None:
+    """Show how the newest run into OUT is doing, from anywhere that OUT can be read."""
+    from transcribe import status as reader
+
+    console = Console()
+    try:
+        while True:
+            runs, now = reader.latest(out), time.time()
+            for progress in runs:
+                for label, text in reader.lines(progress, now):
+                    console.print(
+                        f"{label:12}{printable(text)}",
+                        highlight=False,
+                        markup=False,
+                        soft_wrap=True,
+                    )
+            if watch is None or all(run.life(now) != "running" for run in runs):
+                return
+            time.sleep(watch)
+    except TranscribeError as error:
+        _complain(error)
+        raise typer.Exit(2) from None
+    except KeyboardInterrupt:
+        raise typer.Exit(130) from None
 
 
 @app.command()

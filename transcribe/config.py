@@ -46,6 +46,11 @@ class RunConfig:
         shard_minutes: audio minutes in a shard; None lets the planner choose.
         max_failed: largest share of failed recordings (0 to 1) of a successful run.
         wait_for_workers_s: seconds to wait for a cluster to offer a first worker.
+        max_workers: engines at most, however many there is room for; None sets no bound.
+        price_per_hour: US dollars per hour of a machine; None asks the price catalogue.
+        machine_type: catalogue's name of machines that do not say what they are.
+        max_spend: US dollars after which the run stops; None for no limit.
+        max_hours: hours after which it stops; None for no limit.
     """
 
     archive: str
@@ -64,6 +69,11 @@ class RunConfig:
     shard_minutes: float | None = None
     max_failed: float = 0.05
     wait_for_workers_s: float = 600.0
+    max_workers: int | None = None
+    price_per_hour: float | None = None
+    machine_type: str | None = None
+    max_spend: float | None = None
+    max_hours: float | None = None
 
     def __post_init__(self) -> None:
         """Reject what cannot work, naming the flag.
@@ -97,6 +107,12 @@ class RunConfig:
             raise Fatal(f"--max-failed is a share from 0 to 1, not {self.max_failed}.")
         if not self.wait_for_workers_s >= 0:
             raise Fatal(f"--wait-for-workers must be 0 or more, not {self.wait_for_workers_s}.")
+        if self.max_workers is not None and self.max_workers < 1:
+            raise Fatal(f"--max-workers must be at least 1, not {self.max_workers}.")
+        for name in ("price_per_hour", "max_spend", "max_hours"):
+            amount = getattr(self, name)
+            if amount is not None and not 0 < amount < float("inf"):
+                raise Fatal(f"--{name.replace('_', '-')} must be above 0, not {amount}.")
         if self.headerless is not None:
             parse_headerless(self.headerless)
         if any(not name.strip() for name in self.speakers):

@@ -26,6 +26,7 @@ from typing import Any, TypeVar
 import ray
 import ray.data
 import ray.exceptions
+import ray.util.metrics
 from ray._private.services import canonicalize_bootstrap_address
 from ray._raylet import GcsClient  # type: ignore[attr-defined]  # compiled
 from ray.autoscaler.sdk import request_resources
@@ -33,6 +34,7 @@ from ray.data._internal.execution.execution_callback import ExecutionCallback
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from transcribe import pipeline
+from transcribe.budget import THIS_MACHINE, PaidMachine
 from transcribe.config import Device, EngineName
 from transcribe.engines.base import Engine
 from transcribe.engines.load import load_engine
@@ -41,6 +43,7 @@ from transcribe.pipeline import DecodedShard, Job, RecognisedShard, ShardSummary
 from transcribe.preflight import Node, NodeFacts, node_facts
 from transcribe.recovery import SetAside
 from transcribe.shards import Shard
+from transcribe.status import Progress
 from transcribe.watch import Answer, Look, Stage, Watch, Work, Worker
 
 _LOG = logging.getLogger(__name__)
@@ -205,6 +208,7 @@ def place(
     wait_s: float,
     say: Callable[[str], None],
     can_grow: bool = False,
+    max_workers: int | None = None,
 ) -> Placement:
     """Decide how many engines run where, waiting for machines if none is there yet.
 
@@ -214,6 +218,7 @@ def place(
         wait_s: how long an autoscaling cluster may take to bring up the first machine.
         say: told what is being waited for.
         can_grow: whether engines that find no room now may find it later, on machines to come.
+        max_workers: engines at most, whatever there is room for.
 
     Raises:
         Fatal: the cluster does not offer what one engine needs within `wait_s`.
@@ -226,7 +231,10 @@ def place(
         if placement is not None:
             if asked:
                 request_resources(bundles=[])  # or these machines would never count as idle
-            return _grown(placement, workers, say) if can_grow else placement
+            if can_grow:
+                placement = _grown(placement, workers, say)
+            most = placement.workers if max_workers is None else max_workers
+            return Placement(placement.device, min(placement.workers, most))
         if time.monotonic() >= deadline:
             request_resources(bundles=[])
             raise Fatal(
@@ -287,6 +295,107 @@ def _cores(cpus: float) -> int:
     if len(nodes) == 1:
         return min(len(os.sched_getaffinity(0)), max(1, int(cpus) - 1))
     return max(1, int(cpus) - 1)
+
+
+def machines(placement: Placement, address: str | None) -> list[PaidMachine]:
+    """The machines that are up and paid for.
+
+    A machine is told by its label `machine-type` and, for spot, `ray.io/market-type: spot`; without
+    them it is of the kind `L4 machine` or `CPU machine`. One that offers nothing to the job and has
+    no label, such as a head, is left out.
+
+    Returns:
+        Machines with the number of this run's engines that they can hold; none if Ray does not
+        answer.
+    """
+    try:
+        nodes = [n for n in ray.nodes() if n.get("Alive")]  # type: ignore[no-untyped-call]
+    except ray.exceptions.RayError:
+        return []
+    cpus = sum(n["Resources"].get("CPU", 0.0) for n in nodes)
+    found = []
+    for node in nodes:
+        has, labels = node["Resources"], node.get("Labels", {})
+        if not has.get("CPU") and not has.get("GPU") and "machine-type" not in labels:
+            continue
+        share = has.get("CPU", 0.0) / cpus if cpus else 0.0
+        engines = has.get("GPU", 0.0) if placement.device == "cuda" else placement.workers * share
+        kind = THIS_MACHINE if address is None else _kind(has, labels)
+        found.append(PaidMachine(node["NodeManagerHostname"], kind, engines))
+    return found
+
+
+def _kind(has: dict[str, float], labels: dict[str, str]) -> str:
+    if "machine-type" in labels:
+        is_spot = labels.get("ray.io/market-type") == "spot"
+        return labels["machine-type"] + (":spot" if is_spot else "")
+    gpus = [name.partition(":")[2] for name in has if name.startswith("accelerator_type:")]
+    return f"{gpus[0] if gpus else 'CPU'} machine"
+
+
+# What a run shows on Ray's dashboard and to Prometheus, there with `ray_` in front and, for
+# counters, `_total` behind. cluster/grafana/transcribe.json draws them.
+_COUNTERS = {
+    "transcribe_audio_seconds": "Seconds of audio transcribed.",
+    "transcribe_shards": "Shards published.",
+    "transcribe_recordings": "Recordings with a row, by status.",
+    "transcribe_failures": "Failed recordings, by error kind.",
+}
+_GAUGES = {
+    "transcribe_planned_audio_seconds": "Seconds of audio that the run is to do, estimated.",
+    "transcribe_rtfx": "Seconds of audio a second, since the run began.",
+    "transcribe_seconds_left": "Seconds until the end, estimated.",
+    "transcribe_machines": "Machines that are up.",
+    "transcribe_spent_usd": "US dollars spent so far.",
+    "transcribe_usd_per_hour": "US dollars an hour that the machines cost now.",
+}
+
+
+class Metrics:
+    """The state of a run as metrics of the cluster; call it with every new state."""
+
+    def __init__(self, run_id: str) -> None:
+        tags = {
+            "transcribe_recordings": ("run_id", "status"),
+            "transcribe_failures": ("run_id", "error_kind"),
+        }
+        self._counters = {
+            name: ray.util.metrics.Counter(name, about, tags.get(name, ("run_id",)))
+            for name, about in _COUNTERS.items()
+        }
+        self._gauges = {
+            name: ray.util.metrics.Gauge(name, about, ("run_id",))
+            for name, about in _GAUGES.items()
+        }
+        self._run = {"run_id": run_id}
+        self._counted: dict[tuple[str, str], float] = {}
+
+    def __call__(self, progress: Progress) -> None:
+        """Count what is new in `progress`, and set the rest."""
+        self._count("transcribe_audio_seconds", progress.audio_seconds)
+        self._count("transcribe_shards", progress.shards)
+        for status in ("ok", "empty", "failed"):
+            self._count("transcribe_recordings", getattr(progress, status), status=status)
+        for kind, count in dict(progress.failures).items():
+            self._count("transcribe_failures", count, error_kind=kind)
+        now = {
+            "transcribe_planned_audio_seconds": progress.planned_seconds,
+            "transcribe_rtfx": progress.rtfx,
+            "transcribe_seconds_left": progress.seconds_left,
+            "transcribe_machines": progress.machines,
+            "transcribe_spent_usd": progress.usd,
+            "transcribe_usd_per_hour": progress.usd_per_hour,
+        }
+        for name, value in now.items():
+            if value is not None:
+                self._gauges[name].set(value, self._run)
+
+    def _count(self, name: str, total: float, **tags: str) -> None:
+        key = (name, "".join(tags.values()))
+        new = total - self._counted.get(key, 0.0)
+        if new > 0:
+            self._counters[name].inc(new, {**self._run, **tags})
+            self._counted[key] = total
 
 
 class Round:

@@ -22,7 +22,7 @@ from typing import Literal
 
 from transcribe import models, storage
 from transcribe.config import EngineName
-from transcribe.engines.load import FAKE_MODEL
+from transcribe.engines.fake import is_fake
 from transcribe.errors import TranscribeError
 
 Outcome = Literal["ok", "warning", "failure"]
@@ -171,7 +171,7 @@ def node_facts(model: str, engine: EngineName | None, has_gpu: bool) -> NodeFact
 
 
 def _revision(model: str, engine: EngineName | None) -> tuple[bool, str]:
-    if model == FAKE_MODEL:
+    if is_fake(model):
         return True, "fake"
     try:
         found = models.resolve(model, engine)

@@ -46,19 +46,25 @@ class ProgressDisplay:
     ) -> None:
         self._live.stop()
 
-    def update(self, totals: Totals, planned_done_seconds: float) -> None:
+    def update(
+        self,
+        totals: Totals,
+        planned_done_seconds: float,
+        spent: tuple[float, float] | None = None,
+    ) -> None:
         """Show the state after one more shard.
 
         Args:
             totals: what is finished.
             planned_done_seconds: planned audio seconds of the finished shards; the plan may
                 be an estimate, so the time left is reckoned in planned seconds.
+            spent: US dollars so far, and per hour now; None without a price.
         """
         now = time.monotonic()
         elapsed = now - self._started
         left = max(0.0, self._planned - planned_done_seconds)
         eta = elapsed * left / planned_done_seconds if planned_done_seconds else None
-        line = _line(totals, self._planned, elapsed, eta)
+        line = _line(totals, self._planned, elapsed, eta, spent)
         self._live.update(self._task, completed=planned_done_seconds, line=line)
         finished = left <= 0
         if not self._console.is_terminal and (finished or now - self._last_line >= _LOG_EVERY_S):
@@ -66,12 +72,19 @@ class ProgressDisplay:
             self._last_line = now
 
 
-def _line(totals: Totals, planned_s: float, elapsed: float, eta: float | None) -> str:
+def _line(
+    totals: Totals,
+    planned_s: float,
+    elapsed: float,
+    eta: float | None,
+    spent: tuple[float, float] | None,
+) -> str:
     rate = totals.audio_seconds / elapsed if elapsed else 0.0
     left = f"{clock(eta)} left" if eta is not None else "time left unknown"
+    cost = f", ${spent[0]:,.2f} at ${spent[1]:,.2f} an hour" if spent is not None else ""
     return (
         f"{hours(totals.audio_seconds)} of about {hours(planned_s)} audio hours,"
-        f" RTFx {rate:.1f}, {left}, {totals.failed} failed"
+        f" RTFx {rate:.1f}, {left}, {totals.failed} failed{cost}"
     )
 
 
@@ -131,9 +144,25 @@ def _summary_lines(result: dict[str, object]) -> list[tuple[str, str]]:
     failures = result["failures"]
     if isinstance(failures, dict) and failures:
         lines.append(("failures", ", ".join(f"{kind} {count}" for kind, count in failures.items())))
+    lines += _cost_lines(result["cost"], result["machines"])
     lines.append(("output", f"{result['out']}/transcripts/*.parquet"))
     lines.append(("report", f"{result['out']}/runs/{result['run_id']}/report.html"))
     return lines
+
+
+def _cost_lines(cost: object, machines: object) -> list[tuple[str, str]]:
+    """The bill, if there is a price."""
+    if not isinstance(cost, dict) or not isinstance(machines, dict) or cost["usd"] is None:
+        return []
+    took = ", ".join(
+        f"{each['hours']:.2f} h of {kind} at ${_number(each['usd_per_hour']):,.2f}"
+        for kind, each in machines.items()
+    )
+    said = (
+        f"${cost['usd']:,.2f}, ${_number(cost['usd_per_1000_audio_hours']):,.2f} per 1,000 audio"
+        f" hours ({took}); of it ${_number(cost['idle_usd']):,.2f} idle"
+    )
+    return [("cost", said)]
 
 
 def _rate(stage: dict[str, float | None]) -> str:

@@ -6,7 +6,8 @@ nothing of audio or Ray.
 
     OUT/settings.json            what the transcripts were made with; one OUT, one settings
     OUT/transcripts/<shard>.parquet
-    OUT/runs/<run_id>/           config.json, log.txt, metrics.parquet, report.json, report.html
+    OUT/runs/<run_id>/           config.json, log.txt, progress.json, metrics.parquet, report.json,
+                                 report.html
     OUT/runs/alive-<...>.json    while a run is at work; see claims.py
 """
 

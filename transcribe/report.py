@@ -13,11 +13,12 @@ from datetime import UTC, datetime
 from typing import Any, Literal
 
 from transcribe.bottleneck import EngineTime, verdict
+from transcribe.budget import Bill
 from transcribe.decode import SAMPLE_RATE
 from transcribe.engines.base import EngineWork
 from transcribe.pipeline import ShardSummary, StageSeconds
 
-Ended = Literal["complete", "interrupted", "stopped"]
+Ended = Literal["complete", "budget", "interrupted", "stopped"]
 
 DECODE_STAGES = ("read", "decode", "resample", "speech_detection")
 ENGINE_STAGES = ("features", "encoder", "decoder")  # parts of `recognise`
@@ -77,12 +78,19 @@ class RunFacts:
     processing_seconds: float
     total_seconds: float
     driver_peak_bytes: int
+    budget_reached: str = ""
 
 
-def report(facts: RunFacts, totals: Totals, summaries: Sequence[ShardSummary]) -> dict[str, Any]:
+_NO_BILL = Bill()
+
+
+def report(
+    facts: RunFacts, totals: Totals, summaries: Sequence[ShardSummary], bill: Bill = _NO_BILL
+) -> dict[str, Any]:
     """The content of `report.json`; keys are documented in docs/output.md."""
     engine_seconds = facts.workers * facts.processing_seconds
     time = EngineTime.of(summaries, facts.workers)
+    padding = _left_over(totals.work.heard_samples, totals.work.padded_samples)
     return {
         **asdict(facts),
         "recordings": totals.recordings,
@@ -117,7 +125,7 @@ def report(facts: RunFacts, totals: Totals, summaries: Sequence[ShardSummary]) -
             sum(getattr(totals.stages, stage) for stage in ENGINE_STAGES), engine_seconds
         ),
         "engine_time": asdict(time),
-        "padding_share": _left_over(totals.work.heard_samples, totals.work.padded_samples),
+        "padding_share": padding,
         "decoder_idle_share": _left_over(totals.work.tokens, totals.work.token_slots),
         "bottleneck": asdict(
             verdict(
@@ -132,6 +140,7 @@ def report(facts: RunFacts, totals: Totals, summaries: Sequence[ShardSummary]) -
             "decode_worker": max((s.decode_peak_bytes for s in summaries), default=0),
             "engine_worker": max((s.recognise_peak_bytes for s in summaries), default=0),
         },
+        **bill.as_report(totals.audio_seconds, {"padding": padding or 0.0}),
     }
 
 

@@ -6,12 +6,14 @@ On the driver, between `recovery.py`, which says what to try, and `distributed.p
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Sequence
 
 from rich.console import Console
 
 from transcribe import distributed, pipeline
 from transcribe.errors import BadAudio
+from transcribe.monitor import Monitor
 from transcribe.pipeline import Job, ShardSummary
 from transcribe.progress import ProgressDisplay
 from transcribe.recovery import GivenUp, Recovery, SetAside
@@ -29,8 +31,11 @@ def work(
     placement: distributed.Placement,
     console: Console,
     done: list[ShardSummary],
+    monitor: Monitor,
 ) -> None:
     """Transcribe and publish the shards, round after round, until every recording has its row.
+
+    When the budget is used up, what is being recognised is published and the rest is left.
 
     Args:
         shards: what is to be done.
@@ -38,6 +43,7 @@ def work(
         placement: how many engines to use at most.
         console: where progress goes.
         done: is added what is done, so that it is known also if this does not end well.
+        monitor: is told what is done, and says when to stop.
 
     Raises:
         Fatal: the run cannot go on.
@@ -47,10 +53,10 @@ def work(
         return
     recovery = Recovery(shards)
     with ProgressDisplay(console, sum(s.duration_s for s in shards)) as display:
-        tally = _Tally(done, display)
+        tally = _Tally(done, display, monitor)
         while True:
             left, must_be_alone = recovery.next_round()
-            if not left:
+            if not left or monitor.stopped:
                 break
             workers = 1 if must_be_alone else placement.workers
             _round(left, job, workers, recovery, tally)
@@ -73,6 +79,10 @@ def _round(
                 else:
                     recovery.came_back()
                     tally.add(outcome, planned_s[outcome.shard_id])
+                if tally.is_enough:
+                    for summary in this_round.wind_down(math.inf):
+                        tally.add(summary, planned_s[summary.shard_id])
+                    return
         except KeyboardInterrupt:
             for summary in this_round.wind_down(_WIND_DOWN_S):
                 tally.add(summary, planned_s[summary.shard_id])
@@ -82,18 +92,27 @@ def _round(
 class _Tally:
     """What is done, in figures and on the screen."""
 
-    def __init__(self, done: list[ShardSummary], display: ProgressDisplay) -> None:
+    def __init__(
+        self, done: list[ShardSummary], display: ProgressDisplay, monitor: Monitor
+    ) -> None:
         self._done = done
         self._display = display
+        self._monitor = monitor
         self._totals = Totals()
         self._planned_s = 0.0
+
+    @property
+    def is_enough(self) -> bool:
+        """Whether the budget is used up."""
+        return bool(self._monitor.stopped)
 
     def add(self, summary: ShardSummary, planned_s: float) -> None:
         """Count one more shard that was planned as so many seconds."""
         self._done.append(summary)
         self._totals.add(summary)
         self._planned_s += planned_s
-        self._display.update(self._totals, self._planned_s)
+        self._monitor.add(summary, planned_s)
+        self._display.update(self._totals, self._planned_s, self._monitor.spent)
         _LOG.info(
             "shard %s: %d recordings, %d failed, %.0f s audio on %s",
             summary.shard_id,

@@ -9,6 +9,7 @@ from __future__ import annotations
 import io
 import json
 import logging
+import platform
 import secrets
 import threading
 import time
@@ -21,16 +22,33 @@ from typing import Any
 
 from rich.console import Console
 
-from transcribe import distributed, duplicates, models, preflight, publish, retries, schema, storage
+from transcribe import (
+    distributed,
+    duplicates,
+    models,
+    preflight,
+    prices,
+    publish,
+    retries,
+    schema,
+    status,
+    storage,
+)
 from transcribe.archive import Recording, estimate_durations, list_archive
+from transcribe.budget import Bill, Limits, Meter
 from transcribe.claims import Claim
 from transcribe.config import RunConfig, fingerprint, result_settings
 from transcribe.duplicates import Duplicate
-from transcribe.engines.load import FAKE_MODEL, model_revision, refuse_impossible
+from transcribe.engines.fake import fake_rtfx, is_fake
+from transcribe.engines.load import model_revision, refuse_impossible
 from transcribe.environment import environment
 from transcribe.errors import Fatal, TranscribeError
+from transcribe.forecast import comparable, kept
+from transcribe.monitor import EVERY_S, Monitor, Surroundings
+from transcribe.notify import Notifier
 from transcribe.page import run_page
 from transcribe.pipeline import Job, ShardSummary, peak_bytes
+from transcribe.planning import Actual, compared
 from transcribe.printable import printable, redacted
 from transcribe.report import Ended, RunFacts, Totals, metric_rows, report
 from transcribe.rounds import work
@@ -85,7 +103,7 @@ def prepare(
     """
     recordings = list_archive(config.archive)
     storage.check_writable(config.out)
-    revision, engine = _model_facts(config)
+    revision, engine = model_facts(config)
     settings = result_settings(config, revision, engine)
     publish.check_settings(config.out, settings)
     claim()
@@ -118,8 +136,14 @@ def prepare(
     )
 
 
-def _model_facts(config: RunConfig) -> tuple[str, str]:
-    if config.model == FAKE_MODEL:
+def model_facts(config: RunConfig) -> tuple[str, str]:
+    """Revision and engine of the model that a run takes.
+
+    Raises:
+        Fatal: there is no such model, or a setting asks what it cannot do.
+    """
+    if is_fake(config.model):
+        fake_rtfx(config.model)
         return "fake", "fake"
     model = models.resolve(config.model, config.engine)
     refuse_impossible(model.engine, config)
@@ -130,13 +154,16 @@ def _subtract(recordings: Sequence[Recording], done: set[str]) -> list[Recording
     return [r for r in recordings if r.recording_id not in done]
 
 
-def transcribe(config: RunConfig, address: str | None, console: Console) -> dict[str, Any]:
+def transcribe(
+    config: RunConfig, address: str | None, console: Console, notifier: Notifier | None = None
+) -> dict[str, Any]:
     """Do one whole run.
 
     Args:
         config: the settings.
         address: Ray cluster to join; None starts an embedded one.
         console: where progress goes.
+        notifier: where news of the run goes; None tells nobody.
 
     Returns:
         The content of report.json, and under `published` the rows of OUT by status.
@@ -152,8 +179,8 @@ def transcribe(config: RunConfig, address: str | None, console: Console) -> dict
     with _logging_to(console) as log, Claim(config.out, config.archive, say) as claim:
         plan = prepare(config, say, claim.take)
         if not plan.shards and not plan.duplicates:
-            return _finish(plan, distributed.Placement("cpu", 0), [], _Clock())
-        return execute(plan, address, console, log)
+            return _finish(plan, distributed.Placement("cpu", 0), [], _Clock(), None)
+        return execute(plan, address, console, log, notifier or Notifier())
 
 
 def _saying(console: Console) -> Callable[[str], None]:
@@ -211,7 +238,9 @@ class _Clock:
     first_work: float = field(default_factory=time.monotonic)
 
 
-def execute(plan: Plan, address: str | None, console: Console, log: io.StringIO) -> dict[str, Any]:
+def execute(
+    plan: Plan, address: str | None, console: Console, log: io.StringIO, notifier: Notifier
+) -> dict[str, Any]:
     """Run the plan on Ray and write the report.
 
     Args:
@@ -219,6 +248,7 @@ def execute(plan: Plan, address: str | None, console: Console, log: io.StringIO)
         address: Ray cluster to join; None starts an embedded one.
         console: where progress goes.
         log: what has been logged so far; ends as the run's `log.txt`.
+        notifier: where news of the run goes.
 
     Returns:
         The content of report.json.
@@ -240,32 +270,42 @@ def execute(plan: Plan, address: str | None, console: Console, log: io.StringIO)
             config.wait_for_workers_s,
             say,
             can_grow=address is not None,
+            max_workers=config.max_workers,
         )
         if address is not None:
             _refuse_unfit_nodes(config, say)
+        # This machine is there from the start; a cluster's machines are paid once they are.
+        since = clock.started if address is None else time.monotonic()
+        monitor = _monitor(plan, placement, address, notifier, since)
         publish.claim_settings(config.out, plan.settings)
         _write(plan, "config.json", _snapshot(plan))
-        with _log_stored(plan, log), retries.patient():
+        with _log_stored(plan, log), retries.patient(), monitor:
             job = _job(plan, placement)
-            with _reported_unfinished(plan, placement, done, clock):
-                work(plan.shards, job, placement, console, done)
-                _share(plan, job, placement, console, done)
+            with _reported_unfinished(plan, placement, done, clock, monitor):
+                work(plan.shards, job, placement, console, done, monitor)
+                if not monitor.stopped:
+                    _share(plan, job, placement, console, done, monitor)
     finally:
         distributed.disconnect()
     superseded = publish.settle(config.out)
-    return _finish(plan, placement, done, clock, superseded=superseded)
+    ended: Ended = "budget" if monitor.stopped else "complete"
+    return _finish(plan, placement, done, clock, monitor, superseded=superseded, ended=ended)
 
 
 @contextmanager
 def _reported_unfinished(
-    plan: Plan, placement: distributed.Placement, done: list[ShardSummary], clock: _Clock
+    plan: Plan,
+    placement: distributed.Placement,
+    done: list[ShardSummary],
+    clock: _Clock,
+    monitor: Monitor,
 ) -> Iterator[None]:
     """Report what was done also of a run that ends before its end."""
     try:
         yield
     except (KeyboardInterrupt, TranscribeError) as error:
         ended: Ended = "interrupted" if isinstance(error, KeyboardInterrupt) else "stopped"
-        _soon(lambda: _finish(plan, placement, done, clock, ended=ended))
+        _soon(lambda: _finish(plan, placement, done, clock, monitor, ended=ended))
         raise
 
 
@@ -283,6 +323,53 @@ def _soon(write: Callable[[], object]) -> None:
     writer = threading.Thread(target=quietly, daemon=True)
     writer.start()
     writer.join(_UNFINISHED_WRITE_S)
+
+
+def _monitor(
+    plan: Plan,
+    placement: distributed.Placement,
+    address: str | None,
+    notifier: Notifier,
+    paid_since: float,
+) -> Monitor:
+    """What watches over the run, its bill and its limits.
+
+    Raises:
+        Fatal: there is a limit to spending, and no price.
+    """
+    config, now = plan.config, time.time()
+    begun = status.Progress(
+        run_id=plan.run_id,
+        archive=redacted(config.archive),
+        host=platform.node(),
+        started_at=now,
+        updated_at=now,
+        every_s=EVERY_S,
+        device=placement.device,
+        workers=min(placement.workers, len(plan.shards)),
+        archive_recordings=plan.archive_recordings,
+        already_transcribed=plan.already_transcribed,
+        planned_recordings=sum(len(s.recordings) for s in plan.shards) + len(plan.duplicates),
+        planned_shards=len(plan.shards),
+        planned_seconds=sum(s.duration_s for s in plan.shards),
+        max_spend=config.max_spend,
+        max_hours=config.max_hours,
+    )
+    url = status.progress_url(config.out, plan.run_id)
+    around = Surroundings(
+        put=partial(storage.put, url),
+        nodes=partial(distributed.machines, placement, address),
+        measure=distributed.Metrics(plan.run_id),
+    )
+    price = prices.price_list(config.price_per_hour, config.machine_type)
+    unpriced = sorted({node.kind for node in around.nodes() if price(node.kind) is None})
+    if config.max_spend is not None and unpriced:
+        raise Fatal(
+            f"--max-spend needs a price for {unpriced[0]!r}: give --price-per-hour, or"
+            " --machine-type with a name of the price catalogue."
+        )
+    limits = Limits(config.max_spend, config.max_hours)
+    return Monitor(begun, limits, Meter(price), notifier, around, paid_since)
 
 
 def _refuse_unfit_nodes(config: RunConfig, say: Callable[[str], None]) -> None:
@@ -342,15 +429,18 @@ def _share(
     placement: distributed.Placement,
     console: Console,
     done: list[ShardSummary],
+    monitor: Monitor,
 ) -> None:
     """Give duplicates their rows; the few that cannot share are transcribed by themselves."""
     config = plan.config
     summaries, alone = duplicates.publish_duplicates(plan.duplicates, config.out, plan.run_id)
     done += summaries
+    for summary in summaries:
+        monitor.add(summary, 0.0)
     if alone:
         _LOG.warning("%d duplicates cannot share their original's result", len(alone))
         shards = plan_shards(estimate_durations(alone), config.shard_minutes)
-        work(shards, job, placement, console, done)
+        work(shards, job, placement, console, done, monitor)
 
 
 @retries.patient()
@@ -359,6 +449,7 @@ def _finish(
     placement: distributed.Placement,
     summaries: list[ShardSummary],
     clock: _Clock,
+    monitor: Monitor | None,
     *,
     superseded: int = 0,
     ended: Ended = "complete",
@@ -388,10 +479,12 @@ def _finish(
         processing_seconds=now - clock.first_work,
         total_seconds=now - clock.started,
         driver_peak_bytes=peak_bytes(),
+        budget_reached=monitor.stopped if monitor else "",
     )
-    result = report(facts, totals, summaries)
+    result = report(facts, totals, summaries, monitor.bill() if monitor else Bill())
     result["environment"] = environment()
-    if ended == "complete":
+    if ended in ("complete", "budget"):
+        result["predicted"] = _predicted(plan, result)
         result["published"] = publish.status_counts(plan.config.out)
     if summaries or ended != "complete":
         rows = metric_rows(plan.run_id, summaries)
@@ -399,6 +492,20 @@ def _finish(
         _write(plan, "report.json", result)
         _put(plan, "report.html", run_page(result, rows).encode())
     return result
+
+
+def _predicted(plan: Plan, result: dict[str, Any]) -> dict[str, float | None]:
+    """What a forecast in OUT said of this run, and how far it was off."""
+    actual = Actual(
+        settings=comparable(plan.model_revision, plan.engine, plan.config),
+        recordings=result["recordings"],
+        workers=result["workers"],
+        device=result["device"],
+        audio_s=result["audio_seconds"],
+        processing_s=result["processing_seconds"],
+        usd=result["cost"]["usd"],
+    )
+    return compared(kept(plan.config.out) if result["recordings"] else None, actual)
 
 
 def _write(plan: Plan, name: str, content: dict[str, Any]) -> None:

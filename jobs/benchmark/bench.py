@@ -16,7 +16,7 @@ from jobs.benchmark.page import benchmark_page
 from jobs.benchmark.results import Entry, as_row, ratios
 from jobs.benchmark.weights import prepare
 from transcribe import models
-from transcribe.engines.load import FAKE_MODEL
+from transcribe.engines.fake import FAKE_MODEL
 from transcribe.environment import environment
 from transcribe.errors import Fatal
 from transcribe.languages import LANGUAGES

@@ -16,7 +16,7 @@ def ended_by(monkeypatch):
     """The result of `transcribe run` when its work is interrupted by `interrupt()`."""
 
     def invoke(interrupt):
-        monkeypatch.setattr(run, "transcribe", lambda config, address, console: interrupt())
+        monkeypatch.setattr(run, "transcribe", lambda *_: interrupt())
         return CliRunner().invoke(app, ["run", "archive", "out"])
 
     return invoke

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import dataclasses
 import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -13,9 +14,12 @@ import pytest
 
 from transcribe import schema
 from transcribe.assemble import assemble
+from transcribe.budget import Bill, Charge
 from transcribe.engines.base import Hypothesis, HypothesisSegment
+from transcribe.planning import Actual, compared
 from transcribe.report import RunFacts, Totals, report
 from transcribe.speech import Window
+from transcribe.status import Progress
 
 ROOT = Path(__file__).parents[2]
 DOC = (ROOT / "docs" / "output.md").read_text(encoding="utf-8")
@@ -65,14 +69,30 @@ def test_columns_stand_in_order_with_their_types(heading: str, fields: Iterable[
 def test_report_keys() -> None:
     facts = RunFacts("r", "complete", "a", "o", "m", "e", "cpu", 1, 1, 0, 0, 1.0, 1.0, 2.0, 1)
     totals = Totals(failures={"corrupt": 1})
-    written = report(facts, totals, [])
+    bill = Bill({"g2-standard-4:spot": Charge(1, 1.0, 0.5, 0.5)})
+    written = report(facts, totals, [], bill)
     run_module = (ROOT / "transcribe" / "run.py").read_text(encoding="utf-8")
     for added in re.findall(r'result\["(\w+)"\] =', run_module):
-        written[added] = {"ok": 1} if added == "published" else 0
+        written[added] = _ADDED[added]
     assert set(_table("## `report.json`")) == set(_keys(written))
 
 
-_KEYED_BY_DATA = {"failures": "<error_kind>", "stages": "<stage>", "published": "<status>"}
+_ADDED = {
+    "published": {"ok": 1},
+    "predicted": compared(None, Actual({}, 0, 0, "cpu", 0.0, 0.0, None)),
+}
+
+
+def test_progress_keys() -> None:
+    assert list(_table("## `progress.json`")) == [f.name for f in dataclasses.fields(Progress)]
+
+
+_KEYED_BY_DATA = {
+    "failures": "<error_kind>",
+    "stages": "<stage>",
+    "published": "<status>",
+    "machines": "<machine type>",
+}
 
 
 def _keys(content: dict[str, Any]) -> Iterator[str]:

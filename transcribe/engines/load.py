@@ -9,12 +9,10 @@ from transcribe import models
 from transcribe.checkpoint import sha256
 from transcribe.config import EngineName, RunConfig
 from transcribe.engines.base import Engine
-from transcribe.engines.fake import FakeEngine
+from transcribe.engines.fake import FakeEngine, fake_rtfx, is_fake
 from transcribe.errors import Fatal
 from transcribe.models import Model
 from transcribe.pipeline import Job
-
-FAKE_MODEL = "fake"
 
 
 def load_engine(job: Job) -> Engine:
@@ -23,8 +21,8 @@ def load_engine(job: Job) -> Engine:
     Raises:
         Fatal: its model cannot be found or loaded.
     """
-    if job.config.model == FAKE_MODEL:
-        return FakeEngine()
+    if is_fake(job.config.model):
+        return FakeEngine(fake_rtfx(job.config.model))
     model = models.resolve(job.config.model, job.config.engine)
     if model_revision(model, job.config) != job.model_revision:
         raise Fatal(
