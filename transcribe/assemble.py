@@ -23,9 +23,10 @@ _LOOP_COMPRESSION_RATIO = 2.4
 # Beyond what anybody says: fast readers reach 20 characters a second, 8 in Chinese or Japanese.
 _CHARACTERS_PER_SECOND = 30.0
 _IDEOGRAPHS_PER_SECOND = 15.0
+_SHORTEST_SEGMENT_S = 0.01  # half a step of Whisper's timestamps
 
 # Flags that say "this text was probably not spoken": left out of the transcript's `text`.
-_NOT_SPOKEN = frozenset({"no_speech", "loop", "too_fast", "known_hallucination"})
+_NOT_SPOKEN = frozenset({"no_speech", "loop", "too_fast", "after_end", "known_hallucination"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,12 +107,28 @@ def assemble(windows: Sequence[Window], hypotheses: Sequence[Hypothesis]) -> Ass
 
 
 def _segments(window: Window, hypothesis: Hypothesis) -> list[Segment]:
-    shared = hypothesis_flags(hypothesis, window.n_samples / SAMPLE_RATE)
-    return [_segment(window, hypothesis, s, shared) for s in hypothesis.segments]
+    duration_s = window.n_samples / SAMPLE_RATE
+    shared = hypothesis_flags(hypothesis, duration_s)
+    return [
+        _segment(window, hypothesis, said, (*shared, *_own_flags(said, hypothesis, duration_s)))
+        for said in hypothesis.segments
+    ]
+
+
+def _own_flags(
+    said: HypothesisSegment, hypothesis: Hypothesis, duration_s: float
+) -> tuple[str, ...]:
+    """What is doubtful about one segment and no other of its window."""
+    flags = {
+        # Whisper hears silence behind the window, and may write into it what nobody said.
+        "after_end": said.start_s > max(0.0, duration_s - _SHORTEST_SEGMENT_S),
+        "known_hallucination": is_known_hallucination(said.text, hypothesis),
+    }
+    return tuple(name for name, raised in flags.items() if raised)
 
 
 def _segment(
-    window: Window, hypothesis: Hypothesis, said: HypothesisSegment, shared: tuple[str, ...]
+    window: Window, hypothesis: Hypothesis, said: HypothesisSegment, flags: tuple[str, ...]
 ) -> Segment:
     begin = window.start / SAMPLE_RATE
     words = None
@@ -120,7 +137,6 @@ def _segment(
             Word(w.word, round(begin + w.start_s, 3), round(begin + w.end_s, 3), w.probability)
             for w in said.words
         )
-    invented = is_known_hallucination(said.text, hypothesis)
     return Segment(
         channel=window.channel,
         start=round(begin + said.start_s, 3),
@@ -131,7 +147,7 @@ def _segment(
         compression_ratio=hypothesis.compression_ratio,
         no_speech_prob=hypothesis.no_speech_prob,
         temperature=hypothesis.temperature,
-        flags=(*shared, "known_hallucination") if invented else shared,
+        flags=flags,
         words=words,
     )
 

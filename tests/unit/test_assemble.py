@@ -109,6 +109,14 @@ def test_a_made_up_sentence_does_not_cost_its_neighbours() -> None:
     assert [s.text for s in made.segments] == ["Goodbye.", "Thanks for watching!"]
 
 
+def test_what_is_written_behind_the_window_is_kept_out_of_the_text() -> None:
+    """As the engine gives it: times beyond the window are drawn to its end."""
+    said = heard((0, 5, "Good day."), (5, 5, "You"), (5, 5, "You"), language="en")
+    made = assemble([window(0, 7, 12)], [said])
+    assert made.text == "Good day."
+    assert [s.flags for s in made.segments] == [(), ("after_end",), ("after_end",)]
+
+
 def test_words_get_the_times_of_the_recording() -> None:
     word = HypothesisWord("one", 0.25, 0.5, 0.9)
     spoken = Hypothesis((HypothesisSegment(0.0, 1.0, "one", (word,)),))

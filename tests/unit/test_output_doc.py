@@ -119,7 +119,7 @@ def test_error_kinds() -> None:
 
 def test_statuses_and_flags() -> None:
     assert set(_table("### Status")) == {"ok", "empty", "failed"}
-    credit = HypothesisSegment(0, 1, "Thanks for watching!" + " " * 30)
+    credit = HypothesisSegment(1, 1, "Thanks for watching!" + " " * 30)
     everything = Hypothesis((credit,), "en", avg_logprob=-9, compression_ratio=9, no_speech_prob=1)
     (segment,) = assemble([Window(0, 0, 16_000)], [everything]).segments
     assert set(_table("### Flags")) == set(segment.flags)
