@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zlib
 from importlib import resources
 from pathlib import Path
 
@@ -126,6 +127,20 @@ def test_repetition_shows_in_the_compression_ratio() -> None:
     assert compression_ratio("") == 0.0
     assert compression_ratio("Thank you. " * 30) > 2.4
     assert compression_ratio("Good morning, you are speaking with Ana, how can I help?") < 2.4
+    assert compression_ratio("谢谢观看。" * 10) > 2.4
+
+
+def test_another_alphabet_is_no_repetition() -> None:
+    """A real prompt, in which UTF-8's two bytes a letter alone bring the ratio above 2.4."""
+    menu = (
+        "Нажмите один для записи вашего сообщения при статусе недоступен. Нажмите два для записи"
+        " вашего сообщения при статусе занята. Нажмите три для записи вашего имени. Нажмите четыре"
+        " для записи временного сообщения. Нажмите пять для смены пароля или звездочку для"
+        " возврата в главное меню."
+    )
+    assert len(menu.encode()) / len(zlib.compress(menu.encode())) > 2.4
+    assert compression_ratio(menu) < 2.4
+    assert compression_ratio("Спасибо за звонок. " * 10) > 2.4
 
 
 @pytest.mark.parametrize(
