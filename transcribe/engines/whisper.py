@@ -46,6 +46,8 @@ _OWN_LANGUAGE_SAMPLES = 5 * SAMPLE_RATE
 _MAX_COMPRESSION_RATIO = 2.4
 _MIN_AVG_LOGPROB = -1.0
 _MAX_NO_SPEECH_PROB = 0.6
+# A sound text below this is searched for once more, with beams (docs/decisions.md).
+_UNSURE_LOGPROB = -0.6
 # Nobody speaks faster than this; 20 is a fast reader. Repeated text shows here first.
 _MAX_CHARACTERS_PER_SECOND = 30.0
 # A window ends in speech, but for 0.2 s. Text that ends much earlier has lost some of it.
@@ -124,6 +126,7 @@ class _Attempt:
 # Deterministic on purpose: the same window always gives the same text, on any worker and in
 # any order. Sampling at a temperature cannot promise that here (docs/decisions.md).
 _FIRST = _Attempt(full_padding=False)
+_UNSURE = _Attempt(full_padding=False, search=Search(beam_size=5))
 _RETRIES = (
     _Attempt(full_padding=True),
     _Attempt(full_padding=True, search=Search(beam_size=5)),
@@ -207,12 +210,19 @@ class Whisper:
     ) -> list[Hypothesis]:
         """Attempt after attempt on what still looks wrong; then the tails that were not heard."""
         results: dict[int, Hypothesis] = {}
-        todo = list(range(len(windows)))
-        for attempt in (_FIRST, *_RETRIES):
-            for index, hypothesis in self._attempt(windows, todo, languages, attempt, encoded):
-                results[index] = _better(results.get(index), hypothesis, windows[index])
+
+        def attempt(how: _Attempt, indices: Sequence[int]) -> None:
+            for i, hypothesis in self._attempt(windows, indices, languages, how, encoded):
+                results[i] = _better(results.get(i), hypothesis, windows[i])
             encoded.clear()
+
+        todo = list(range(len(windows)))
+        attempt(_FIRST, todo)
+        attempt(_UNSURE, [i for i in todo if _is_unsure(results[i], windows[i])])
+        for retry in _RETRIES:
             todo = [i for i in todo if _is_suspicious(results[i], windows[i])]
+            attempt(retry, todo)
+        todo = [i for i in todo if _is_suspicious(results[i], windows[i])]
         self._hear_on(windows, languages, results, todo)
         return [results[i] for i in range(len(windows))]
 
@@ -450,6 +460,13 @@ def _is_silence(hypothesis: Hypothesis) -> bool:
     )
 
 
+def _is_unsure(hypothesis: Hypothesis, window: EngineInput) -> bool:
+    """Whether nothing is wrong with the text, but others may be likelier."""
+    return hypothesis.avg_logprob < _UNSURE_LOGPROB and not (
+        _is_silence(hypothesis) or _is_suspicious(hypothesis, window)
+    )
+
+
 def _is_suspicious(hypothesis: Hypothesis, window: EngineInput) -> bool:
     """Whether the text is likely wrong and worth another attempt."""
     if _is_silence(hypothesis):
@@ -490,8 +507,10 @@ def _joined(first: Hypothesis, tail: Hypothesis) -> Hypothesis:
 
 def _better(old: Hypothesis | None, new: Hypothesis, window: EngineInput) -> Hypothesis:
     """The hypothesis to keep: a sound one, else the more probable one that does not loop."""
-    if old is None or not _is_suspicious(new, window):
+    if old is None:
         return new
+    if _is_suspicious(old, window) != _is_suspicious(new, window):
+        return old if _is_suspicious(new, window) else new
     old_loops = old.compression_ratio > _MAX_COMPRESSION_RATIO
     new_loops = new.compression_ratio > _MAX_COMPRESSION_RATIO
     if old_loops != new_loops:
