@@ -51,7 +51,7 @@ _UNSURE_LOGPROB = -0.6
 # Nobody speaks faster than this; 20 is a fast reader. Repeated text shows here first.
 _MAX_CHARACTERS_PER_SECOND = 30.0
 # A window ends in speech, but for 0.2 s. Text that ends much earlier has lost some of it.
-_MAX_UNHEARD_S = 2.0
+_MAX_UNHEARD_S = 1.0
 
 
 @dataclass(frozen=True, slots=True)
