@@ -326,6 +326,7 @@ table { border-collapse: collapse; width: 100%; font-size: .88rem;
 th, td { text-align: left; padding: .35rem .7rem .35rem 0; border-bottom: 1px solid #e6e9ef;
   vertical-align: top; }
 th { color: #5b6475; font-weight: 600; }
+td:first-child { white-space: nowrap; }
 pre { background: #1d2433; color: #e9edf5; padding: .8rem 1rem; border-radius: 6px; margin: 0;
   white-space: pre-wrap; overflow-wrap: anywhere; font-size: .85rem; }
 @media print { body { background: #fff; } section, .tile { break-inside: avoid; } }

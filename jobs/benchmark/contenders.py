@@ -23,13 +23,17 @@ class Layout:
 
     Attributes:
         cores: cores that a process is bound to; None leaves it all of them.
+        on_ray: whether `threads` are workers on a Ray of its own.
     """
 
     processes: int
     threads: int
     cores: int | None = None
+    on_ray: bool = False
 
     def __str__(self) -> str:
+        if self.on_ray:
+            return f"{self.threads} worker" + ("s" if self.threads > 1 else "")
         processes = f"{self.processes} process" + ("es" if self.processes > 1 else "")
         return f"{processes} x {self.threads} thread" + ("s" if self.threads > 1 else "")
 
@@ -64,7 +68,7 @@ CONTENDERS: tuple[Contender, ...] = (
         "ours",
         ("transcribe", "ray", "ctranslate2"),
         None,
-        "the job as `transcribe run` starts it, on Ray",
+        "the job, on Ray, as transcribe run starts it",
         on_ray=True,
     ),
     Contender(
@@ -150,11 +154,11 @@ SCALING: tuple[Contender, ...] = (
 def layouts(contender: Contender, cores: int, device: str) -> Sequence[Layout]:
     """The layouts to choose from: one process of all threads, or one process a core."""
     if contender.name == ONE_WORKER:
-        return [Layout(1, 1, cores=1)]
+        return [Layout(1, 1, cores=1, on_ray=True)]
     if device == "cuda":
-        return [Layout(1, 1)]
+        return [Layout(1, 1, on_ray=contender.on_ray)]
     if contender.on_ray or cores == 1:
-        return [Layout(1, cores)]
+        return [Layout(1, cores, on_ray=contender.on_ray)]
     if contender.name == BARE:  # an engine of ours has one thread
         return [Layout(cores, 1)]
     return [Layout(cores, 1), Layout(1, cores)]

@@ -28,6 +28,7 @@ def benchmark_page(report: Mapping[str, Any], shards: Sequence[Mapping[str, Any]
         _settings(report["contenders"]),
     ]
     if report["our_run"] is not None:
+        sections.append(Section("Our last round", report["our_run"]["bottleneck"]["sentence"]))
         sections += run_sections(report["our_run"], shards)
     sections.append(
         Section(

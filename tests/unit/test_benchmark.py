@@ -70,9 +70,9 @@ def test_a_subset_has_short_and_long_recordings() -> None:
 def test_peers_may_choose_their_layout_and_we_may_not() -> None:
     peer = NAMED["faster-whisper"]
     assert list(layouts(peer, 2, "cpu")) == [Layout(2, 1), Layout(1, 2)]
-    assert list(layouts(NAMED[OURS], 4, "cpu")) == [Layout(1, 4)]
+    assert list(layouts(NAMED[OURS], 4, "cpu")) == [Layout(1, 4, on_ray=True)]
     assert list(layouts(NAMED[BARE], 4, "cpu")) == [Layout(4, 1)]
-    assert list(layouts(NAMED[ONE_WORKER], 4, "cpu")) == [Layout(1, 1, cores=1)]
+    assert list(layouts(NAMED[ONE_WORKER], 4, "cpu")) == [Layout(1, 1, cores=1, on_ray=True)]
     assert list(layouts(peer, 16, "cuda")) == [Layout(1, 1)]
 
 
