@@ -39,7 +39,7 @@ from transcribe.config import Device, EngineName
 from transcribe.engines.base import Engine
 from transcribe.engines.load import load_engine
 from transcribe.errors import Fatal, TranscribeError
-from transcribe.pipeline import DecodedShard, Job, RecognisedShard, ShardSummary
+from transcribe.pipeline import DecodedPart, Job, RecognisedPart, ShardSummary
 from transcribe.preflight import Node, NodeFacts, node_facts
 from transcribe.recovery import SetAside
 from transcribe.shards import Shard
@@ -408,6 +408,7 @@ class Round:
 
     def __init__(self, shards: Sequence[Shard], job: Job, workers: int) -> None:
         self._left = {shard.shard_id: shard for shard in shards}
+        self._parts: dict[str, dict[int, RecognisedPart]] = {}
         self._job = job
         self._workers = min(workers, len(shards))
         self._home = ray.get_runtime_context().get_node_id()
@@ -484,8 +485,33 @@ class Round:
         outcome = pickle.loads(result["outcome"])
         if isinstance(outcome, _Stop):
             raise Fatal(outcome.sentence)
+        if outcome.shard_id not in self._left:  # a part of a shard that is set aside already
+            return None
+        if isinstance(outcome, RecognisedPart):
+            joined = self._joined(outcome)
+            if joined is None:
+                return None
+            outcome = joined
+        self._parts.pop(outcome.shard_id, None)
         shard = self._left.pop(outcome.shard_id)
         return outcome if isinstance(outcome, ShardSummary) else shard
+
+    def _joined(self, part: RecognisedPart) -> ShardSummary | None:
+        """Keep a part of a shard that had to be cut; publish the shard once no part is missing.
+
+        Raises:
+            Fatal: it cannot be published.
+        """
+        parts = self._parts.setdefault(part.shard_id, {})
+        parts[part.number] = part
+        ordered = [parts[number] for number in sorted(parts)]
+        if not ordered[-1].is_last or len(ordered) != ordered[-1].number + 1:
+            return None
+        try:
+            joined = pipeline.join_parts(ordered, self._job)
+            return pipeline.publish_shard(joined, self._job.config.out)
+        except TranscribeError as error:
+            raise Fatal(str(error)) from error
 
     def _judged(self, shard: Shard) -> SetAside:
         """Whose fault it was: a machine that is gone takes its workers with it."""
@@ -583,7 +609,7 @@ def _dataset(shards: Sequence[Shard], job: Job, workers: int, watch: Any) -> ray
             [{"shard": pickle.dumps(shard)} for shard in shards],
             override_num_blocks=max(1, len(shards)),
         )
-        .map(functools.partial(_decode, job=job, watch=watch), num_cpus=_DECODE_CPUS)
+        .flat_map(functools.partial(_decode, job=job, watch=watch), num_cpus=_DECODE_CPUS)
         .map(
             _Recogniser,  # type: ignore[arg-type]  # Ray's stub knows no classes
             fn_constructor_kwargs={"job": job, "watch": watch},
@@ -658,6 +684,8 @@ def _quieten_ray_data() -> None:
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
     context.print_on_execution_start = False
+    # Every row is a block of its own: a part goes on to an engine as soon as it is made.
+    context.target_max_block_size = 1
     context.custom_execution_callback_classes = [_Leaving]
     logging.getLogger("ray.data").setLevel(logging.ERROR)
 
@@ -695,9 +723,9 @@ class _WatchActor:
         self._watch = Watch()
 
     def begin(
-        self, shard_id: str, stage: Stage, audio_s: float, worker: Worker
+        self, shard_id: str, stage: Stage, audio_s: float, worker: Worker, part: int | None
     ) -> tuple[Work, Answer]:
-        work = Work(shard_id, stage, audio_s, worker, time.monotonic())
+        work = Work(shard_id, stage, audio_s, worker, time.monotonic(), part)
         return work, self._watch.begin(work)
 
     def end(self, work: Work) -> None:
@@ -735,17 +763,22 @@ def _started(pid: int) -> str:
         return ""
 
 
-def _decode(row: _Row, job: Job, watch: Any) -> _Row:
+def _decode(row: _Row, job: Job, watch: Any) -> Iterator[_Row]:
+    """A row for each part; deadlines and deaths are those of one part's making."""
     shard: Shard = pickle.loads(row["shard"])
-    return {
-        "decoded": _watched(
-            watch,
-            "decode",
-            shard.shard_id,
-            shard.duration_s,
-            lambda: pipeline.decode_shard(shard, job.config),
-        )
-    }
+    parts = pipeline.decode_shard(shard, job)
+    is_more = True
+
+    def next_part() -> DecodedPart:
+        nonlocal is_more
+        part = next(parts)
+        is_more = not part.is_last
+        return part
+
+    while is_more:
+        is_more = False  # unless the next part says otherwise
+        decoded = _watched(watch, "decode", shard.shard_id, shard.duration_s, next_part)
+        yield {"decoded": decoded}
 
 
 class _Recogniser:
@@ -763,7 +796,7 @@ class _Recogniser:
 
     def __call__(self, row: _Row) -> _Row:
         decoded = pickle.loads(row["decoded"])
-        if not isinstance(decoded, DecodedShard):
+        if not isinstance(decoded, DecodedPart):
             return {"recognised": row["decoded"]}
         engine = self._engine
         if engine is None:
@@ -774,14 +807,15 @@ class _Recogniser:
                 "recognise",
                 decoded.shard_id,
                 decoded.window_seconds,
-                lambda: pipeline.recognise_shard(decoded, engine, self._job),
+                lambda: pipeline.recognise_part(decoded, engine, self._job),
+                None if decoded.is_whole_shard else decoded.number,
             )
         }
 
 
 def _publish(row: _Row, job: Job, watch: Any) -> _Row:
     recognised = pickle.loads(row["recognised"])
-    if not isinstance(recognised, RecognisedShard):
+    if not (isinstance(recognised, RecognisedPart) and recognised.is_whole_shard):
         return {"outcome": row["recognised"]}
     return {
         "outcome": _watched(
@@ -789,13 +823,18 @@ def _publish(row: _Row, job: Job, watch: Any) -> _Row:
             "publish",
             recognised.shard_id,
             0.0,
-            lambda: pipeline.publish_shard(recognised, job.config.out),
+            lambda: pipeline.publish_shard(pipeline.join_parts([recognised], job), job.config.out),
         )
     }
 
 
 def _watched(
-    watch: Any, stage: Stage, shard_id: str, audio_s: float, step: Callable[[], object]
+    watch: Any,
+    stage: Stage,
+    shard_id: str,
+    audio_s: float,
+    step: Callable[[], object],
+    part: int | None = None,
 ) -> bytes:
     """The step's pickled result, or what is to be done without one; the watch is told.
 
@@ -803,7 +842,7 @@ def _watched(
     process as a crash in native code would, and the shard is tried again under the same rules.
     """
     # Waited for, so that it is known even of a worker that dies in the next moment.
-    work, answer = ray.get(watch.begin.remote(shard_id, stage, audio_s, _this_worker()))
+    work, answer = ray.get(watch.begin.remote(shard_id, stage, audio_s, _this_worker(), part))
     if answer != "go":
         return pickle.dumps(_Undone(shard_id))
     try:

@@ -22,10 +22,13 @@ from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import PurePosixPath
 
+import numpy as np
+
 from transcribe import pipeline, publish, rows, storage
-from transcribe.archive import Recording, in_threads
+from transcribe.archive import in_threads
 from transcribe.errors import BadAudio, Transient
 from transcribe.publish import Content
+from transcribe.recordings import Recording, Recordings
 from transcribe.shards import Shard, shard_id
 
 ROWS_PER_FILE = 1_000
@@ -67,7 +70,9 @@ def find(recordings: Iterable[Recording], published: Iterable[Content]) -> list[
         that was recognised itself, else the first by uri. What is empty, missing or cannot be
         read is no duplicate.
     """
-    ordered = sorted(recordings, key=lambda r: (r.uri, r.recording_id))
+    published = list(published)
+    alike = _of_a_size_that_repeats(Recordings.of(recordings), {p.size_bytes for p in published})
+    ordered = sorted(alike, key=lambda r: (r.uri, r.recording_id))
     there = [r for r in ordered if r.size_bytes and r.generation != storage.MISSING]
     sizes = {r.size_bytes for r in there}
     usable = [
@@ -87,6 +92,13 @@ def find(recordings: Iterable[Recording], published: Iterable[Content]) -> list[
         if original != recording.recording_id:
             found.append(Duplicate(replace(recording, content_md5=md5), original))
     return found
+
+
+def _of_a_size_that_repeats(recordings: Recordings, published: set[int]) -> Recordings:
+    """Only these can have the bytes of another one."""
+    sizes, places, n_alike = np.unique(recordings.sizes, return_inverse=True, return_counts=True)
+    repeats = (n_alike > 1) | np.isin(sizes, list(published))
+    return recordings.take(np.flatnonzero(repeats[places]))
 
 
 def _key(found: Recording | Content, md5: str) -> _Key:
@@ -206,7 +218,7 @@ def _publish(
     batch: Sequence[tuple[Recording, rows.Row]], out: str, run_id: str
 ) -> pipeline.ShardSummary:
     started_at = time.time()
-    shard = Shard(shard_id([r for r, _ in batch]), tuple(r for r, _ in batch))
+    shard = Shard(shard_id(r for r, _ in batch), tuple(r for r, _ in batch))
     made = [
         {
             **rows.shared_row(recording, row),

@@ -34,7 +34,8 @@ import threading
 import time
 import traceback
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -64,8 +65,14 @@ class Limits:
     memory_bytes: int
 
 
-def collect(function: Callable[..., Iterator[T]], args: tuple[Any, ...], limits: Limits) -> list[T]:
-    """All that `function(*args)` yields, run in this thread's child process.
+def results(
+    function: Callable[..., Iterator[T]], args: tuple[Any, ...], limits: Limits
+) -> Iterator[T]:
+    """What `function(*args)` yields, as it comes, run in this thread's child process.
+
+    The child goes on while a result is looked at, until the wire is full. A second child, if there
+    has to be one, begins anew, and what it yields again is passed over: the same arguments must
+    give the same results.
 
     Args:
         function: found by its name in its module; the child imports that.
@@ -78,11 +85,16 @@ def collect(function: Callable[..., Iterator[T]], args: tuple[Any, ...], limits:
         Exception: what the function raised, with the child's traceback as a note.
     """
     request = _packed((function, args))
-    tries = 0
+    tries = n_given = 0
     while True:
         tries += 1
         try:
-            return _child().run(request, limits)
+            with closing(_child().run(request, limits)) as run:
+                for n, result in enumerate(run):
+                    if n >= n_given:
+                        n_given += 1
+                        yield result
+            return
         except _Lost as lost:
             if tries >= (_TRIES_IF_IT_MAY_PASS if lost.may_pass else _TRIES):
                 raise lost.verdict() from None
@@ -161,7 +173,7 @@ class _Child:
         """Whether it can be given a task."""
         return self._process.poll() is None
 
-    def run(self, request: list[_Bytes], limits: Limits) -> list[Any]:
+    def run(self, request: list[_Bytes], limits: Limits) -> Generator[Any, None, None]:
         """What the requested function yields.
 
         Raises:
@@ -169,7 +181,7 @@ class _Child:
             Exception: what the function raised.
         """
         try:
-            kind, value, results = self._run(request, limits)
+            kind, value = yield from self._run(request, limits)
         except BaseException:  # what is still under way must not answer the next request
             self._process.kill()
             self._end()
@@ -180,11 +192,9 @@ class _Child:
             raise value
         if kind == "unready":
             raise Fatal(f"The process that decodes does not start: {value}")
-        return results
 
-    def _run(self, request: list[_Bytes], limits: Limits) -> tuple[str, Any, list[Any]]:
-        """The last message with its value, and all results before it."""
-        results: list[Any] = []
+    def _run(self, request: list[_Bytes], limits: Limits) -> Generator[Any, None, tuple[str, Any]]:
+        """The results; returns the message after them, with its value."""
         started = False
         watch = _Watch(self._process.pid, Limits(_START_S, limits.memory_bytes))
         try:
@@ -195,11 +205,11 @@ class _Child:
                     started = True
                     watch = _Watch(self._process.pid, limits)
                 elif kind == "result":
-                    results.append(value)
+                    yield value
                     watch.waited_s = 0.0
                 else:
                     self.peak_bytes = max(self.peak_bytes, watch.peak_bytes())
-                    return kind, value, results
+                    return kind, value
         except _Cut:
             self._end()
             status = self._process.returncode

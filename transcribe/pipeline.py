@@ -10,28 +10,26 @@ the same `decode_shard`, `recognise_shard` and `publish_shard` in tasks and acto
 
 from __future__ import annotations
 
-import functools
-import hashlib
 import logging
 import os
 import platform
 import resource
 import sys
 import time
-from collections import deque
 from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from datetime import UTC, datetime
 
 import numpy as np
 import numpy.typing as npt
 
-from transcribe import decode, isolation, retries, rows, storage
+from transcribe import isolation, retries, rows
 from transcribe.archive import Recording
-from transcribe.assemble import Coverage, assemble, coverage, coverage_breach
-from transcribe.config import ChannelMode, RunConfig
+from transcribe.assemble import Coverage, assemble
+from transcribe.config import RunConfig
+from transcribe.decode import SAMPLE_RATE
 from transcribe.engines.base import (
+    VOTERS_PER_CHANNEL,
     Engine,
     EngineInput,
     EngineWork,
@@ -39,14 +37,17 @@ from transcribe.engines.base import (
     recognise_checked,
 )
 from transcribe.errors import BadAudio, Fatal
+from transcribe.fetch import Fetched, fetch
+from transcribe.listen import PIECE_SAMPLES, Piece, Spent, Whole, listen
 from transcribe.publish import publish_shard as write_shard
 from transcribe.shards import Shard, shard_id
-from transcribe.speech import SpeechDetector, Window, distinct_channels, pack_windows
+from transcribe.speech import Window
 
 _LOG = logging.getLogger(__name__)
 
-_READ_AHEAD = 4  # objects fetched while one is decoded: hides a bucket's latency
-_DECODE_MEMORY_BYTES = 8 << 30  # a process that decodes; ten hours in one channel need 5 GiB
+# Windows that an engine gets at once. An ordinary shard, an hour in two channels, holds less.
+PART_SAMPLES = 5400 * SAMPLE_RATE  # an hour and a half: 173 MB
+_DECODE_MEMORY_BYTES = 2 << 30  # of a process that decodes; it needs half (docs/reliability.md)
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,19 +60,55 @@ class Job:
     engine: str
     config_fingerprint: str
     device: str
+    part_samples: int = PART_SAMPLES
 
 
 @dataclass(frozen=True, slots=True)
-class DecodedRecording:
-    """A recording after decoding: its windows with their samples, or why there are none."""
+class Outcome:
+    """What is known of a recording once it was decoded to its end; no facts: it failed."""
 
     recording: Recording
     facts: rows.AudioFacts | None = None
-    windows: tuple[Window, ...] = ()
-    samples: tuple[npt.NDArray[np.int16], ...] = ()
     coverage: tuple[Coverage, ...] = ()
     problem: BadAudio | None = None
-    decode_seconds: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class DecodedPiece:
+    """Some of a recording's windows with their samples.
+
+    Attributes:
+        index: of the recording in its shard.
+        windows: what is to be recognised.
+        samples: of each window.
+        is_first: whether it is the recording's first piece, which decides on its language.
+        outcome: with the recording's last piece.
+        spent: what it took to decode.
+    """
+
+    index: int
+    windows: tuple[Window, ...]
+    samples: tuple[npt.NDArray[np.int16], ...]
+    is_first: bool
+    outcome: Outcome | None
+    spent: Spent
+
+    @property
+    def n_samples(self) -> int:
+        """Samples of all windows."""
+        return sum(len(samples) for samples in self.samples)
+
+
+@dataclass(frozen=True, slots=True)
+class RecognisedPiece:
+    """Some of a recording's windows and what was heard in them."""
+
+    index: int
+    windows: tuple[Window, ...]
+    hypotheses: tuple[Hypothesis, ...]
+    outcome: Outcome | None
+    decode_seconds: float
+    recognise_seconds: float
 
 
 @dataclass(slots=True)
@@ -100,20 +137,62 @@ class StageSeconds:
 
 
 @dataclass(frozen=True, slots=True)
-class DecodedShard:
-    """A shard ready for an engine."""
+class DecodedPart:
+    """What an engine gets at once: a shard, or if that is too much, a part of it.
+
+    Attributes:
+        number: 0, 1, ... within the shard.
+        is_last: whether no other part follows.
+        pieces: of its recordings, in order; one may go on in the next part.
+        voters: windows of parts before this one, heard again to tell the language of what goes on
+            here.
+    """
 
     shard_id: str
-    recordings: tuple[DecodedRecording, ...]
+    number: int
+    is_last: bool
+    pieces: tuple[DecodedPiece, ...]
+    voters: tuple[EngineInput, ...]
     seconds: StageSeconds
     peak_bytes: int
     started_at: float
     finished_at: float = field(default_factory=time.time)
 
     @property
+    def is_whole_shard(self) -> bool:
+        """Whether the shard has no other part."""
+        return self.number == 0 and self.is_last
+
+    @property
     def window_seconds(self) -> float:
         """Seconds that an engine has to hear."""
-        return sum(len(s) for r in self.recordings for s in r.samples) / decode.SAMPLE_RATE
+        return sum(piece.n_samples for piece in self.pieces) / SAMPLE_RATE
+
+
+@dataclass(frozen=True, slots=True)
+class RecognisedPart:
+    """What was heard in a part, without samples."""
+
+    shard_id: str
+    number: int
+    is_last: bool
+    pieces: tuple[RecognisedPiece, ...]
+    seconds: StageSeconds
+    work: EngineWork
+    engine: str
+    device: str
+    worker: str
+    decode_peak_bytes: int
+    recognise_peak_bytes: int
+    batch_limit: int
+    batch_halvings: int
+    started_at: float
+    finished_at: float = field(default_factory=time.time)
+
+    @property
+    def is_whole_shard(self) -> bool:
+        """Whether the shard has no other part."""
+        return self.number == 0 and self.is_last
 
 
 @dataclass(frozen=True, slots=True)
@@ -167,86 +246,131 @@ class ShardSummary:
 def run_shards(shards: Sequence[Shard], job: Job, engine: Engine) -> Iterator[ShardSummary]:
     """Transcribe and publish shard after shard in this process."""
     for shard in shards:
-        decoded = decode_shard(shard, job.config)
-        recognised = recognise_shard(decoded, engine, job)
-        yield publish_shard(recognised, job.config.out)
+        parts = [recognise_part(part, engine, job) for part in decode_shard(shard, job)]
+        yield publish_shard(join_parts(parts, job), job.config.out)
 
 
 # ---- decode ---------------------------------------------------------------------------
 
 
-@retries.patient()
-def decode_shard(shard: Shard, config: RunConfig) -> DecodedShard:
+def decode_shard(shard: Shard, job: Job) -> Iterator[DecodedPart]:
     """Fetch, decode and find the speech of every recording of a shard.
 
-    A recording that cannot be decoded is carried on with its `problem`; nothing is dropped.
+    A recording that cannot be decoded is carried on with its problem; nothing is dropped.
+
+    Yields:
+        One part, or several if there is more than `job.part_samples` of speech. No more is held
+        than the part that is growing, and what decoding one recording needs.
 
     Raises:
         Transient: the storage stayed unreachable through all retries.
-        Fatal: no process can be started to decode in.
+        Fatal: there is no room for a large object on this machine, or no process to decode in.
     """
-    seconds = StageSeconds()
-    started_at, cpu_before = time.time(), time.process_time()
-    decoded = []
-    for recording, fetched in _read_ahead(shard.recordings):
-        started = time.perf_counter()
-        data = _wait(fetched)
-        seconds.read += time.perf_counter() - started
-        decoded.append(_decode_recording(recording, data, config, seconds))
-    seconds.decode_cpu += time.process_time() - cpu_before
-    peak = max(peak_bytes(), isolation.peak_bytes())
-    return DecodedShard(shard.shard_id, tuple(decoded), seconds, peak, started_at)
+    with retries.patient():
+        part = _GrowingPart(shard.shard_id)
+        waiting_since = time.perf_counter()
+        for index, (recording, fetched) in enumerate(fetch(shard.recordings)):
+            part.seconds.read += time.perf_counter() - waiting_since
+            voters: tuple[EngineInput, ...] = ()
+            for piece in _pieces(index, recording, fetched, job):
+                if part.n_samples and part.n_samples + piece.n_samples > job.part_samples:
+                    yield part.finished(is_last=False)
+                    part = _GrowingPart(shard.shard_id, part.number + 1, voters)
+                part.add(piece)
+                if piece.is_first and piece.outcome is None and job.config.language is None:
+                    voters = _voters(piece)
+            waiting_since = time.perf_counter()
+        yield part.finished(is_last=True)
 
 
-def _read_ahead(
-    recordings: Sequence[Recording],
-) -> Iterator[tuple[Recording, Future[bytes]]]:
-    """Each recording with its bytes on the way, `_READ_AHEAD` of them at a time."""
-    with ThreadPoolExecutor(_READ_AHEAD) as pool:
-        waiting: deque[tuple[Recording, Future[bytes]]] = deque()
-        for recording in recordings:
-            reading = pool.submit(storage.read, recording.uri, recording.size_bytes)
-            waiting.append((recording, reading))
-            if len(waiting) > _READ_AHEAD:
-                yield waiting.popleft()
-        yield from waiting
+class _GrowingPart:
+    """A part that is being filled."""
+
+    def __init__(
+        self, shard_id: str, number: int = 0, voters: tuple[EngineInput, ...] = ()
+    ) -> None:
+        self.number = number
+        self.n_samples = 0
+        self.seconds = StageSeconds()
+        self._shard_id = shard_id
+        self._voters = voters
+        self._pieces: list[DecodedPiece] = []
+        self._started_at = time.time()
+        self._cpu_before = time.process_time()
+
+    def add(self, piece: DecodedPiece) -> None:
+        """Put one more piece in."""
+        self.n_samples += piece.n_samples
+        self.seconds.decode += piece.spent.decode
+        self.seconds.resample += piece.spent.resample
+        self.seconds.speech_detection += piece.spent.speech_detection
+        self.seconds.decode_cpu += piece.spent.cpu
+        self._pieces.append(piece)
+
+    def finished(self, is_last: bool) -> DecodedPart:
+        """All that was put in, which is then let go of."""
+        pieces, self._pieces = tuple(self._pieces), []
+        self.seconds.decode_cpu += time.process_time() - self._cpu_before
+        return DecodedPart(
+            shard_id=self._shard_id,
+            number=self.number,
+            is_last=is_last,
+            pieces=pieces,
+            voters=self._voters,
+            seconds=self.seconds,
+            peak_bytes=max(peak_bytes(), isolation.peak_bytes()),
+            started_at=self._started_at,
+        )
 
 
-def _wait(fetched: Future[bytes]) -> bytes | BadAudio:
-    try:
-        return fetched.result()
-    except BadAudio as problem:
-        return problem
+def _voters(first: DecodedPiece) -> tuple[EngineInput, ...]:
+    """The windows of a recording's first piece that an engine would ask for its language."""
+    longest: dict[int, list[npt.NDArray[np.int16]]] = {}
+    for window, samples in zip(first.windows, first.samples, strict=True):
+        longest.setdefault(window.channel, []).append(samples)
+    return tuple(
+        EngineInput(samples, first.index, channel, votes=True, is_wanted=False)
+        for channel, of_channel in longest.items()
+        for samples in sorted(of_channel, key=lambda s: -len(s))[:VOTERS_PER_CHANNEL]
+    )
 
 
-def _decode_recording(
-    recording: Recording, data: bytes | BadAudio, config: RunConfig, seconds: StageSeconds
-) -> DecodedRecording:
+def _pieces(
+    index: int, recording: Recording, fetched: Fetched | BadAudio, job: Job
+) -> Iterator[DecodedPiece]:
     """One recording's windows. Whatever goes wrong in it stays its own matter: a failed row."""
-    started = time.perf_counter()
-    if isinstance(data, bytes):  # what was read, even if the object changed since it was listed
-        md5 = hashlib.md5(data, usedforsecurity=False).hexdigest()
-        recording = replace(recording, content_md5=md5)
-    apart = Apart()
+    is_first = True
+    lap = time.perf_counter()
     try:
-        if isinstance(data, BadAudio):
-            raise data
-        limits = decoding_limits(len(data), recording.duration_s)
-        ((decoded, apart),) = isolation.collect(heard, (recording, data, config), limits)
-    except BadAudio as problem:
-        decoded = DecodedRecording(recording, problem=problem)
+        if isinstance(fetched, BadAudio):
+            raise fetched
+        recording = replace(recording, content_md5=fetched.md5)  # of what was read
+        for piece in _heard(recording, fetched, job):
+            outcome = _outcome(recording, piece.whole) if piece.whole is not None else None
+            yield DecodedPiece(index, piece.windows, piece.samples, is_first, outcome, piece.spent)
+            is_first = False
+            lap = time.perf_counter()
+        return
+    except BadAudio as error:
+        problem = error
     except Fatal:  # no process to decode in: no recording's fault
         raise
     except Exception as error:  # a defect here must not cost the shard-mates their rows
         _LOG.exception("%s: unexpected error while decoding", recording.uri)
-        defect = BadAudio("internal_error", f"unexpected {type(error).__name__} while decoding")
-        decoded = DecodedRecording(recording, problem=defect)
-    spent = time.perf_counter() - started
-    seconds.resample += apart.resample_s
-    seconds.speech_detection += apart.detection_s
-    seconds.decode += spent - apart.resample_s - apart.detection_s
-    seconds.decode_cpu += apart.cpu_s
-    return replace(decoded, decode_seconds=spent)
+        problem = BadAudio("internal_error", f"unexpected {type(error).__name__} while decoding")
+    spent = Spent(decode=time.perf_counter() - lap)
+    yield DecodedPiece(index, (), (), is_first, Outcome(recording, problem=problem), spent)
+
+
+def _heard(recording: Recording, fetched: Fetched, job: Job) -> Iterator[Piece]:
+    """`listen`, in a child process."""
+    config = job.config
+    n_bytes = max(recording.size_bytes, fetched.size_bytes)
+    limits = decoding_limits(n_bytes, recording.duration_s)
+    piece_samples = min(PIECE_SAMPLES, job.part_samples)
+    told = config.headerless_format
+    arguments = (fetched.content, recording.uri, config.channels, told, piece_samples)
+    return isolation.results(listen, arguments, limits)
 
 
 def decoding_limits(n_bytes: int, duration_s: float) -> isolation.Limits:
@@ -258,183 +382,149 @@ def decoding_limits(n_bytes: int, duration_s: float) -> isolation.Limits:
     return isolation.Limits(60.0 + n_bytes / 1e6 + duration_s / 20, _DECODE_MEMORY_BYTES)
 
 
-@dataclass(frozen=True, slots=True)
-class Apart:
-    """Of a recording's decoding: wall seconds of two of its parts, CPU seconds of the child."""
-
-    resample_s: float = 0.0
-    detection_s: float = 0.0
-    cpu_s: float = 0.0
-
-
-def heard(
-    recording: Recording, data: bytes, config: RunConfig
-) -> Iterator[tuple[DecodedRecording, Apart]]:
-    """The recording's windows, and what its time went to; runs in a child process.
-
-    Raises:
-        BadAudio: it cannot be decoded.
-    """
-    cpu_before = time.process_time()
-    audio = decode.decode(data, recording.uri, config.headerless_format)
-    started = time.perf_counter()
-    windows, samples, covered = _find_speech(audio.samples, config.channels)
-    detecting = time.perf_counter() - started
+def _outcome(recording: Recording, whole: Whole) -> Outcome:
     facts = rows.AudioFacts(
-        audio.container, audio.codec, audio.sample_rate, len(audio.samples), audio.duration_s
+        whole.container, whole.codec, whole.sample_rate, whole.channels, whole.duration_s
     )
-    decoded = DecodedRecording(recording, facts, windows, samples, covered, audio.problem)
-    yield decoded, Apart(audio.resample_seconds, detecting, time.process_time() - cpu_before)
-
-
-@functools.cache
-def _detector() -> SpeechDetector:
-    """One speech detector a process."""
-    return SpeechDetector()
-
-
-def _find_speech(
-    samples: npt.NDArray[np.int16], mode: ChannelMode
-) -> tuple[tuple[Window, ...], tuple[npt.NDArray[np.int16], ...], tuple[Coverage, ...]]:
-    """Windows of all channels (`samples`: `[n_channels, n_samples]`), cut, and coverage.
-
-    Raises:
-        BadAudio: the windows would lose or double speech: a defect, and better no row of
-            text than one with a hole.
-    """
-    heard = select_channels(samples, mode)
-    windows: list[Window] = []
-    cuts: list[npt.NDArray[np.int16]] = []
-    covered = {}
-    for channel, channel_samples in heard.items():
-        spans = _detector().spans(channel_samples)
-        packed = pack_windows(spans, channel)
-        if breach := coverage_breach(len(channel_samples), spans, packed):
-            raise BadAudio("coverage", f"channel {channel}: {breach}")
-        windows.extend(packed)
-        cuts.extend(channel_samples[w.start : w.end].copy() for w in packed)
-        covered[channel] = coverage(channel, len(channel_samples), spans)
-    if mode != "mix":  # what needs no recognition is accounted for: silent, or a repetition
-        for channel in set(range(len(samples))) - set(covered):
-            covered[channel] = _unheard(channel, samples[channel])
-    return tuple(windows), tuple(cuts), tuple(covered[c] for c in sorted(covered))
-
-
-def _unheard(channel: int, samples: npt.NDArray[np.int16]) -> Coverage:
-    duration = len(samples) / decode.SAMPLE_RATE
-    if samples.any():
-        return Coverage(channel, speech=0.0, silence=0.0, skipped=duration)
-    return Coverage(channel, speech=0.0, silence=duration, skipped=0.0)
-
-
-def select_channels(
-    samples: npt.NDArray[np.int16], mode: ChannelMode
-) -> dict[int, npt.NDArray[np.int16]]:
-    """The channels to recognise by `--channels`: number -> samples, shape `[n_samples]`.
-
-    A mix is channel 0, whatever it is mixed from.
-    """
-    if mode == "mix" and len(samples) > 1:
-        mixed: npt.NDArray[np.float32] = np.rint(samples.mean(axis=0, dtype=np.float32))
-        return {0: mixed.astype(np.int16)}
-    if mode == "auto" and len(samples) > 1:
-        return {channel: samples[channel] for channel in distinct_channels(samples)}
-    return dict(enumerate(samples))
+    return Outcome(recording, facts, whole.coverage, whole.problem)
 
 
 # ---- recognise ------------------------------------------------------------------------
 
 
-def recognise_shard(decoded: DecodedShard, engine: Engine, job: Job) -> RecognisedShard:
-    """Recognise the windows of all recordings of a shard together; build their rows."""
+def recognise_part(decoded: DecodedPart, engine: Engine, job: Job) -> RecognisedPart:
+    """Recognise the windows of all recordings of a part together."""
     seconds = decoded.seconds
     seconds.decode_queue = max(0.0, time.time() - decoded.finished_at)
     started, cpu_before = time.perf_counter(), time.process_time()
     work_before = replace(engine.work)
     inputs = [
-        EngineInput(samples, group, window.channel)
-        for group, recording in enumerate(decoded.recordings)
-        for window, samples in zip(recording.windows, recording.samples, strict=True)
+        EngineInput(samples, piece.index, window.channel, votes=piece.is_first)
+        for piece in decoded.pieces
+        for window, samples in zip(piece.windows, piece.samples, strict=True)
     ]
     halvings = engine.fitting.halvings
-    hypotheses = recognise_checked(engine, inputs) if inputs else []
-    between = time.perf_counter()
-    seconds.recognise = between - started
+    hypotheses = recognise_checked(engine, [*inputs, *decoded.voters]) if inputs else []
+    seconds.recognise = time.perf_counter() - started
+    seconds.recognise_cpu = time.process_time() - cpu_before
     work = engine.work.since(work_before)
     seconds.features, seconds.encoder, seconds.decoder = (
         work.features_s,
         work.encoder_s,
         work.decoder_s,
     )
-    made = _shard_rows(decoded, hypotheses, job, engine)
-    seconds.assemble = time.perf_counter() - between
-    seconds.recognise_cpu = time.process_time() - cpu_before
-    return RecognisedShard(
+    return RecognisedPart(
         shard_id=decoded.shard_id,
-        rows=made,
-        windows=len(inputs),
-        batch_limit=engine.fitting.budget,
-        batch_halvings=engine.fitting.halvings - halvings,
-        work=work,
+        number=decoded.number,
+        is_last=decoded.is_last,
+        pieces=tuple(_recognised_pieces(decoded, hypotheses)),
         seconds=seconds,
+        work=work,
+        engine=engine.name,
         device=engine.device,
         worker=_worker(),
         decode_peak_bytes=decoded.peak_bytes,
         recognise_peak_bytes=peak_bytes(),
+        batch_limit=engine.fitting.budget,
+        batch_halvings=engine.fitting.halvings - halvings,
         started_at=decoded.started_at,
     )
 
 
-def _shard_rows(
-    decoded: DecodedShard, hypotheses: Sequence[Hypothesis], job: Job, engine: Engine
-) -> list[rows.Row]:
-    provenance = rows.provenance_columns(_provenance(decoded, job, engine))
-    total = sum(len(s) for r in decoded.recordings for s in r.samples)
-    made = []
+def _recognised_pieces(
+    decoded: DecodedPart, hypotheses: Sequence[Hypothesis]
+) -> Iterator[RecognisedPiece]:
+    total = sum(piece.n_samples for piece in decoded.pieces)
     first = 0
-    for recording in decoded.recordings:
-        own = hypotheses[first : first + len(recording.windows)]
-        first += len(recording.windows)
-        share = sum(len(s) for s in recording.samples) / total if total else 0.0
-        made.append(
-            {
-                **_row(recording, own, job.config),
-                **provenance,
-                "decode_seconds": recording.decode_seconds,
-                "recognise_seconds": share * decoded.seconds.recognise,
-            }
+    for piece in decoded.pieces:
+        own = hypotheses[first : first + len(piece.windows)]
+        first += len(piece.windows)
+        share = piece.n_samples / total if total else 0.0
+        yield RecognisedPiece(
+            piece.index,
+            piece.windows,
+            tuple(own),
+            piece.outcome,
+            piece.spent.decode + piece.spent.resample + piece.spent.speech_detection,
+            share * decoded.seconds.recognise,
         )
-    return made
 
 
-def _row(
-    decoded: DecodedRecording, hypotheses: Sequence[Hypothesis], config: RunConfig
-) -> rows.Row:
-    if decoded.facts is None:
-        problem = decoded.problem or BadAudio("corrupt", "nothing could be decoded")
-        return rows.failed_row(decoded.recording, None, problem)
+# ---- join -----------------------------------------------------------------------------
+
+
+def join_parts(parts: Sequence[RecognisedPart], job: Job) -> RecognisedShard:
+    """The rows of a shard from all of its parts, in order: one for each recording."""
+    started = time.perf_counter()
+    first = parts[0]
+    provenance = rows.provenance_columns(_provenance(first, job))
+    pieces: dict[int, list[RecognisedPiece]] = {}
+    for part in parts:
+        for piece in part.pieces:
+            pieces.setdefault(piece.index, []).append(piece)
+    made = [{**_row(pieces[index], job.config), **provenance} for index in sorted(pieces)]
+    work, seconds = EngineWork(), StageSeconds()
+    for part in parts:
+        work.add(part.work)
+    for stage in fields(StageSeconds):
+        setattr(seconds, stage.name, sum(getattr(part.seconds, stage.name) for part in parts))
+    seconds.assemble = time.perf_counter() - started
+    return RecognisedShard(
+        shard_id=first.shard_id,
+        rows=made,
+        windows=sum(len(piece.windows) for part in parts for piece in part.pieces),
+        seconds=seconds,
+        device=first.device,
+        worker=first.worker,
+        decode_peak_bytes=max(part.decode_peak_bytes for part in parts),
+        recognise_peak_bytes=max(part.recognise_peak_bytes for part in parts),
+        started_at=first.started_at,
+        work=work,
+        finished_at=parts[-1].finished_at,
+        batch_limit=min(part.batch_limit for part in parts),
+        batch_halvings=sum(part.batch_halvings for part in parts),
+    )
+
+
+def _row(pieces: Sequence[RecognisedPiece], config: RunConfig) -> rows.Row:
+    """The row of a recording from all of its pieces; the last one has its outcome."""
+    outcome = pieces[-1].outcome
+    assert outcome is not None
+    return {
+        **_content(outcome, pieces, config),
+        "decode_seconds": sum(piece.decode_seconds for piece in pieces),
+        "recognise_seconds": sum(piece.recognise_seconds for piece in pieces),
+    }
+
+
+def _content(outcome: Outcome, pieces: Sequence[RecognisedPiece], config: RunConfig) -> rows.Row:
+    if outcome.facts is None:
+        problem = outcome.problem or BadAudio("corrupt", "nothing could be decoded")
+        return rows.failed_row(outcome.recording, None, problem)
+    heard = [pair for piece in pieces for pair in zip(piece.windows, piece.hypotheses, strict=True)]
+    heard.sort(key=lambda pair: (pair[0].channel, pair[0].start))
     speakers = config.speakers if config.channels != "mix" else ()
     return rows.spoken_row(
-        decoded.recording,
-        decoded.facts,
-        assemble(decoded.windows, hypotheses),
-        decoded.coverage,
-        decoded.problem,
+        outcome.recording,
+        outcome.facts,
+        assemble([window for window, _ in heard], [hypothesis for _, hypothesis in heard]),
+        outcome.coverage,
+        outcome.problem,
         speakers,
     )
 
 
-def _provenance(decoded: DecodedShard, job: Job, engine: Engine) -> rows.Provenance:
+def _provenance(part: RecognisedPart, job: Job) -> rows.Provenance:
     return rows.Provenance(
         model=job.config.model,
         model_revision=job.model_revision,
-        engine=engine.name,
+        engine=part.engine,
         config_fingerprint=job.config_fingerprint,
         run_id=job.run_id,
-        shard_id=decoded.shard_id,
-        worker=_worker(),
-        node=platform.node(),
-        device=engine.device,
+        shard_id=part.shard_id,
+        worker=part.worker,
+        node=part.worker.rpartition(":")[0],
+        device=part.device,
         transcribed_at=datetime.now(UTC),
     )
 
@@ -513,7 +603,7 @@ def _summary(recognised: RecognisedShard) -> ShardSummary:
         work=recognised.work,
         seconds=recognised.seconds,
         device=recognised.device,
-        node=platform.node(),
+        node=recognised.worker.rpartition(":")[0],
         worker=recognised.worker,
         decode_peak_bytes=recognised.decode_peak_bytes,
         recognise_peak_bytes=recognised.recognise_peak_bytes,

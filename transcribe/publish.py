@@ -19,6 +19,8 @@ from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
@@ -76,20 +78,20 @@ class Published:
     table: pa.Table
 
     @property
-    def recording_ids(self) -> set[str]:
+    def recording_ids(self) -> pa.Array:
         """Ids of the recordings with a row, but for those that their store refused to give.
 
         Rights are granted and stores mended without the object changing: those are tried again.
         """
-        pairs = zip(
-            *(self.table[c].to_pylist() for c in ("recording_id", "error_kind")), strict=True
+        newest = self.table.group_by("recording_id", use_threads=False).aggregate(
+            [("error_kind", "last", pc.ScalarAggregateOptions(skip_nulls=False))]
         )
-        newest = dict(pairs)
-        return {recording_id for recording_id, kind in newest.items() if kind not in _OF_THE_STORE}
+        refused = pc.is_in(newest["error_kind_last"], pa.array(_OF_THE_STORE))
+        return newest.filter(pc.invert(refused))["recording_id"]
 
-    def contents(self, sizes: Collection[int]) -> Iterator[Content]:
+    def contents(self, sizes: npt.NDArray[np.int64]) -> Iterator[Content]:
         """The rows of recordings of one of these sizes whose MD5 is known."""
-        wanted = pc.is_in(self.table["size_bytes"], pa.array(list(sizes), pa.int64()))
+        wanted = pc.is_in(self.table["size_bytes"], pa.array(sizes, pa.int64()))
         known = pc.and_(wanted, pc.is_valid(self.table["content_md5"]))
         columns = [field.name for field in fields(Content)]
         for batch in self.table.filter(known).select(columns).to_batches(max_chunksize=4096):

@@ -13,13 +13,14 @@ import platform
 import secrets
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from functools import partial
 from typing import Any
 
+import pyarrow as pa
 from rich.console import Console
 
 from transcribe import (
@@ -34,7 +35,7 @@ from transcribe import (
     status,
     storage,
 )
-from transcribe.archive import Recording, estimate_durations, list_archive
+from transcribe.archive import estimate_durations, list_archive
 from transcribe.budget import Bill, Limits, Meter
 from transcribe.claims import Claim
 from transcribe.config import RunConfig, fingerprint, result_settings
@@ -111,15 +112,15 @@ def prepare(
     if superseded:
         say(f"Removed {superseded} rows that an earlier run had left superseded.")
     published = publish.read_published(config.out)
-    remaining = _subtract(recordings, published.recording_ids)
+    remaining = recordings.without(published.recording_ids)
     done = len(recordings) - len(remaining)
     if done:
         say(f"{done:,} of {len(recordings):,} recordings already transcribed.")
-    contents = published.contents({r.size_bytes for r in remaining})
+    contents = published.contents(remaining.sizes)
     repeated = duplicates.find(remaining, contents)
     if repeated:
         say(f"{len(repeated):,} recordings repeat another one's bytes and will share its result.")
-    to_recognise = _subtract(remaining, {d.recording.recording_id for d in repeated})
+    to_recognise = remaining.without(pa.array([d.recording.recording_id for d in repeated]))
     shards = plan_shards(
         estimate_durations(to_recognise, config.headerless_format), config.shard_minutes
     )
@@ -148,10 +149,6 @@ def model_facts(config: RunConfig) -> tuple[str, str]:
     model = models.resolve(config.model, config.engine)
     refuse_impossible(model.engine, config)
     return model_revision(model, config), model.engine
-
-
-def _subtract(recordings: Sequence[Recording], done: set[str]) -> list[Recording]:
-    return [r for r in recordings if r.recording_id not in done]
 
 
 def transcribe(

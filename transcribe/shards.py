@@ -6,10 +6,10 @@ Pure: the same recordings give the same shards on any machine, with any number o
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
-from transcribe.archive import Recording
+from transcribe.recordings import Recording, Recordings
 
 _MIN_MINUTES = 2.0
 _MAX_MINUTES = 60.0
@@ -22,7 +22,7 @@ class Shard:
     """Recordings that are decoded, recognised and published together."""
 
     shard_id: str
-    recordings: tuple[Recording, ...]
+    recordings: Sequence[Recording]
 
     @property
     def duration_s(self) -> float:
@@ -30,7 +30,7 @@ class Shard:
         return sum(r.duration_s for r in self.recordings)
 
 
-def plan_shards(recordings: Sequence[Recording], shard_minutes: float | None = None) -> list[Shard]:
+def plan_shards(recordings: Iterable[Recording], shard_minutes: float | None = None) -> list[Shard]:
     """Cut the archive, in the order of its URIs, into shards of about equal audio time.
 
     Args:
@@ -42,28 +42,28 @@ def plan_shards(recordings: Sequence[Recording], shard_minutes: float | None = N
         Shards that hold every recording exactly once. A shard is longer than wanted only
         when it is a single recording.
     """
-    ordered = sorted(recordings, key=lambda r: (r.uri, r.recording_id))
+    ordered = Recordings.of(recordings).sorted()
+    seconds = ordered.durations.tolist()
     if shard_minutes is None:
-        total_minutes = sum(r.duration_s for r in ordered) / 60
+        total_minutes = sum(seconds) / 60
         shard_minutes = min(_MAX_MINUTES, max(_MIN_MINUTES, total_minutes / _SHARDS_WANTED))
-    return [Shard(shard_id(group), tuple(group)) for group in _groups(ordered, shard_minutes * 60)]
+    groups = (ordered[start:end] for start, end in _groups(seconds, shard_minutes * 60))
+    return [Shard(shard_id(group), group) for group in groups]
 
 
-def _groups(ordered: Iterable[Recording], limit_s: float) -> Iterable[list[Recording]]:
-    group: list[Recording] = []
-    seconds = 0.0
-    for recording in ordered:
-        full = seconds + recording.duration_s > limit_s or len(group) >= _MAX_RECORDINGS
-        if group and full:
-            yield group
-            group, seconds = [], 0.0
-        group.append(recording)
-        seconds += recording.duration_s
-    if group:
-        yield group
+def _groups(durations: Sequence[float], limit_s: float) -> Iterator[tuple[int, int]]:
+    """First and behind last of what is put together."""
+    start, seconds = 0, 0.0
+    for i, duration in enumerate(durations):
+        if i > start and (seconds + duration > limit_s or i - start >= _MAX_RECORDINGS):
+            yield start, i
+            start, seconds = i, 0.0
+        seconds += duration
+    if start < len(durations):
+        yield start, len(durations)
 
 
-def shard_id(recordings: Sequence[Recording]) -> str:
+def shard_id(recordings: Iterable[Recording]) -> str:
     """16 hex digits of SHA-256 over the sorted recording ids."""
     content = "\n".join(sorted(r.recording_id for r in recordings))
     return hashlib.sha256(content.encode()).hexdigest()[:16]

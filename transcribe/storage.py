@@ -128,6 +128,11 @@ def _local(uri: str) -> str:
     return os.fsdecode(unquote_to_bytes(path))
 
 
+def local_path(uri: str) -> Path | None:
+    """The path of a local `uri`; None of a remote one."""
+    return None if is_remote(uri) else Path(_local(uri))
+
+
 def _local_uri(path: str) -> str:
     if not path.isascii():
         try:

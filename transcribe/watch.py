@@ -43,13 +43,19 @@ class Worker:
 
 @dataclass(frozen=True, slots=True)
 class Work:
-    """A stage of a shard in a worker's hands; `audio_s` is what its deadline is reckoned from."""
+    """A stage of a shard in a worker's hands.
+
+    Attributes:
+        audio_s: what its deadline is reckoned from.
+        part: number of the part of a shard that had to be cut; None is all of it.
+    """
 
     shard_id: str
     stage: Stage
     audio_s: float
     worker: Worker
     began: float
+    part: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,7 +65,7 @@ class Look:
     Attributes:
         at_work: all that has begun and not ended.
         overdue: those of it that are past their deadline.
-        unpublished: shards that are being recognised, or are and wait to be published.
+        unpublished: whole shards that are being recognised, or are and wait to be published.
         events: grows with everything that happens; standing still shows in it.
         loads_in_vain: engines that began to load since one last was ready.
         last_words: of a worker that ended by itself, if any did.
@@ -77,7 +83,7 @@ class Watch:
     """What the workers of one round said."""
 
     def __init__(self) -> None:
-        self._at_work: dict[tuple[str, Stage], Work] = {}
+        self._at_work: dict[tuple[str, Stage, int | None], Work] = {}
         self._unpublished: set[str] = set()
         self._died: dict[str, list[Worker]] = {}
         self._words: dict[str, str] = {}
@@ -90,10 +96,10 @@ class Watch:
     def begin(self, work: Work) -> Answer:
         """A worker asks to begin; whoever had begun the same before is dead."""
         self._events += 1
-        before = self._at_work.pop((work.shard_id, work.stage), None)
+        before = self._at_work.pop((work.shard_id, work.stage, work.part), None)
         if work.stage == "load":
             self._loads_in_vain += 1
-            self._at_work[work.shard_id, work.stage] = work
+            self._at_work[work.shard_id, work.stage, work.part] = work
             return "go"
         if before is not None:
             self._died.setdefault(work.shard_id, []).append(before.worker)
@@ -101,16 +107,17 @@ class Watch:
             return "stop"
         if len(self._died.get(work.shard_id, ())) >= DEATHS_IN_PLACE:
             return "set aside"
-        self._at_work[work.shard_id, work.stage] = work
-        if work.stage == "recognise":
+        self._at_work[work.shard_id, work.stage, work.part] = work
+        if work.stage == "recognise" and work.part is None:
             self._unpublished.add(work.shard_id)
         return "go"
 
     def end(self, work: Work, now: float) -> None:
         """A worker has done what it began."""
         self._events += 1
-        if self._at_work.get((work.shard_id, work.stage)) == work:
-            del self._at_work[work.shard_id, work.stage]
+        key = work.shard_id, work.stage, work.part
+        if self._at_work.get(key) == work:
+            del self._at_work[key]
         if work.stage == "load":
             self._loads_in_vain = 0
         elif work.stage == "publish":
@@ -125,7 +132,7 @@ class Watch:
 
     def deaths(self, shard_id: str) -> tuple[tuple[Worker, ...], str]:
         """Workers that died at a shard, and the last words of one."""
-        silent = [work.worker for (shard, _), work in self._at_work.items() if shard == shard_id]
+        silent = [work.worker for (shard, *_), work in self._at_work.items() if shard == shard_id]
         return (*self._died.get(shard_id, ()), *silent), self._words.get(shard_id, "")
 
     def stop(self) -> None:

@@ -15,13 +15,13 @@ from pathlib import Path
 from transcribe import pipeline
 from transcribe.engines.base import Engine, EngineInput, Hypothesis
 from transcribe.engines.fake import FakeEngine
-from transcribe.pipeline import DecodedShard, Job, RecognisedShard
+from transcribe.pipeline import DecodedPart, Job, RecognisedPart
 
 SERVICE_S = "CHAOS_SERVICE_S"
 """Environment: seconds that the engine takes for a window."""
 
 _recognise = FakeEngine.recognise
-_recognise_shard = pipeline.recognise_shard
+_recognise_part = pipeline.recognise_part
 
 
 def _slow(self: FakeEngine, windows: Sequence[EngineInput]) -> list[Hypothesis]:
@@ -29,7 +29,7 @@ def _slow(self: FakeEngine, windows: Sequence[EngineInput]) -> list[Hypothesis]:
     return _recognise(self, windows)
 
 
-def _deadly(decoded: DecodedShard, engine: Engine, job: Job) -> RecognisedShard:
+def _deadly(decoded: DecodedPart, engine: Engine, job: Job) -> RecognisedPart:
     for recording in decoded.recordings:
         deed = Path(recording.recording.uri).stem.partition("-")[0]
         if deed == "kill":
@@ -38,10 +38,10 @@ def _deadly(decoded: DecodedShard, engine: Engine, job: Job) -> RecognisedShard:
             os.kill(os.getpid(), signal.SIGSTOP)
         if deed == "raise":
             raise ValueError("what a defect says")
-    return _recognise_shard(decoded, engine, job)
+    return _recognise_part(decoded, engine, job)
 
 
 def install() -> None:
     """For Ray."""
     FakeEngine.recognise = _slow  # type: ignore[method-assign]
-    pipeline.recognise_shard = _deadly
+    pipeline.recognise_part = _deadly

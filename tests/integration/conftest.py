@@ -104,6 +104,21 @@ def write_call() -> Callable[[Path, int], None]:
 
 
 @pytest.fixture(scope="session")
+def write_long_call() -> Callable[[Path, int], None]:
+    """Write a call of so many turns a side, each told from the others by its loudness."""
+    spoken = torch.from_numpy(sample_archive.speak(SPOKEN, "en-us+m1"))
+    samples = torchaudio.functional.resample(spoken, sample_archive.SYNTH_RATE, 8000).numpy()
+
+    def write(path: Path, turns: int) -> None:
+        stereo = np.zeros((2 * turns, len(samples) + 16_000, 2), np.float32)
+        for turn in range(2 * turns):
+            stereo[turn, : len(samples), turn % 2] = samples * (1 - turn / 4 / turns)
+        soundfile.write(path, stereo.reshape(-1, 2), 8000, subtype="ULAW")
+
+    return write
+
+
+@pytest.fixture(scope="session")
 def write_archive(write_call: Callable[[Path, int], None]) -> Callable[[Path, int], Path]:
     """Fill a new folder: so many calls, `silent.wav` without speech, `broken.wav` no audio."""
 

@@ -208,9 +208,7 @@ def test_only_a_sample_of_a_bucket_is_probed(
     monkeypatch.setattr(
         storage, "read_range", lambda uri, start, length: reads.append(uri) or b"head"
     )
-    monkeypatch.setattr(
-        "transcribe.decode.probe_seconds", lambda head, size, name, told: size / 800
-    )
+    monkeypatch.setattr("transcribe.probe.probe_seconds", lambda head, size, name, told: size / 800)
     listed = archive.list_archive(gcs_bucket)
     assert [r.duration_s for r in listed] == [max(1, r.size_bytes / 16_000) for r in listed]
     estimated = archive.estimate_durations(listed)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import functools
+import shutil
+
 import pyarrow.parquet as pq
 import pytest
 from typer.testing import CliRunner
@@ -26,7 +29,7 @@ def rows_of(out):
     return table.drop_columns(sorted(PROVENANCE_ONLY)).to_pylist()
 
 
-def plain_rows(archive, out, shard_minutes):
+def plain_rows(archive, out, shard_minutes, part_samples=pipeline.PART_SAMPLES):
     config = RunConfig(
         archive=str(archive), out=str(out), model="fake", shard_minutes=shard_minutes
     )
@@ -38,6 +41,7 @@ def plain_rows(archive, out, shard_minutes):
         engine=plan.engine,
         config_fingerprint=plan.config_fingerprint,
         device="cpu",
+        part_samples=part_samples,
     )
     summaries = list(pipeline.run_shards(plan.shards, job, FakeEngine()))
     assert len(summaries) == len(plan.shards)
@@ -63,3 +67,30 @@ def test_plain_and_ray_runs_are_equal_however_cut_and_shared_out(archive, tmp_pa
     cut = ["--workers", "2", "--shard-minutes", "0.05"]
     assert ray_rows(archive, tmp_path / "cut", *cut) == expected
     assert len(list((tmp_path / "cut" / "transcripts").iterdir())) > 2
+
+
+def test_recordings_in_many_parts_are_joined_to_the_same_rows(
+    archive, write_long_call, tmp_path, shared_ray, monkeypatch
+):
+    """Ten seconds of speech at once, where the longest recording has more than a minute."""
+    calls = shutil.copytree(archive, tmp_path / "calls")
+    write_long_call(calls / "long.wav", turns=8)
+    cut = (calls / "long.wav").read_bytes()
+    (calls / "middle-cut.wav").write_bytes(cut[: len(cut) * 2 // 3])
+
+    expected = plain_rows(calls, tmp_path / "plain", 60)
+    long = next(row for row in expected if row["uri"].endswith("long.wav"))
+    assert len(long["segments"]) == 16
+    assert sum(c["speech"] for c in long["coverage"]) > 60
+    ten_seconds = 10 * 16_000
+    for n, part_samples in enumerate((ten_seconds, 1)):
+        assert plain_rows(calls, tmp_path / f"plain-{n}", 60, part_samples) == expected
+
+    monkeypatch.setattr(run, "Job", functools.partial(pipeline.Job, part_samples=ten_seconds))
+    for n, minutes in enumerate(("60", "0.05")):
+        out = tmp_path / f"ray-{n}"
+        rows = ray_rows(calls, out, "--workers", "2", "--shard-minutes", minutes)
+        assert rows == expected
+        (metrics,) = (out / "runs").glob("*/metrics.parquet")
+        windows = pq.read_table(metrics)["windows"].to_pylist()
+        assert sum(windows) == sum(len(row["segments"]) for row in expected)

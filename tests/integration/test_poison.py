@@ -18,7 +18,7 @@ POISON = {"segfault": "crashed_worker", "eat": "decode_memory", "abort": "crashe
 
 @pytest.fixture
 def poisoned_ray(monkeypatch):
-    """An embedded Ray whose workers put `tests.poison.heard` into the pipeline."""
+    """An embedded Ray whose workers put `tests.poison.listen` into the pipeline."""
     hook = {"worker_process_setup_hook": "tests.poison.install"}
     ray.init(
         address="local", num_cpus=5, include_dashboard=False, log_to_driver=False, runtime_env=hook

@@ -13,9 +13,11 @@ from hypothesis import strategies as st
 from torchaudio.functional import resample
 
 from transcribe import decode as module
-from transcribe.decode import HEAD_BYTES, SAMPLE_RATE, decode, probe_seconds
+from transcribe.decode import SAMPLE_RATE, decode
 from transcribe.errors import BadAudio
 from transcribe.headerless import Headerless
+from transcribe.headers import HEAD_BYTES
+from transcribe.probe import probe_seconds
 
 COMMON = [8000, 11025, 12000, 16000, 22050, 24000, 32000, 44100, 48000, 96000]
 

@@ -216,7 +216,7 @@ def test_estimates_do_not_depend_on_order_and_stay_within_bounds(
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(storage, "read_range", lambda uri, start, length: uri.encode())
         patch.setattr(
-            "transcribe.decode.probe_seconds", lambda head, size, name, told: size / len(name)
+            "transcribe.probe.probe_seconds", lambda head, size, name, told: size / len(name)
         )
         estimated = estimate_durations(recordings)
         shuffled = recordings[:]

@@ -3,14 +3,18 @@
 import numpy as np
 import pytest
 
-from transcribe.pipeline import select_channels
-from transcribe.speech import distinct_channels
+from transcribe import listen
+from transcribe.listen import heard_channels
 
 RNG = np.random.default_rng(7)
 
 
 def noise(scale: float = 3_000.0) -> np.ndarray:
     return (RNG.standard_normal(64_000) * scale).astype(np.int16)
+
+
+def distinct_channels(samples: np.ndarray) -> list[int]:
+    return heard_channels(samples.astype(float) @ samples.T.astype(float), "auto")
 
 
 def test_two_sides_of_a_call_are_both_heard():
@@ -44,11 +48,17 @@ def test_six_channels_of_one_room_are_heard_once():
 
 
 def test_the_channel_modes():
+    call, room = np.eye(2), np.ones((2, 2))
+    assert heard_channels(call, "split") == heard_channels(room, "split") == [0, 1]
+    assert heard_channels(call, "auto") == [0, 1]
+    assert heard_channels(room, "auto") == [0]
+    assert heard_channels(call, "mix") == [0]
+    assert [heard_channels(np.ones((1, 1)), mode) for mode in ("auto", "split", "mix")] == [[0]] * 3
+
+
+def test_a_mix_is_the_mean_rounded():
     samples = np.stack([noise(), noise()])
-    assert list(select_channels(samples, "split")) == [0, 1]
-    assert list(select_channels(np.stack([samples[0]] * 2), "split")) == [0, 1]
-    assert list(select_channels(np.stack([samples[0]] * 2), "auto")) == [0]
-    mixed = select_channels(samples, "mix")
-    assert list(mixed) == [0]
     expected = (samples[0].astype(int) + samples[1]) / 2
-    assert np.abs(mixed[0] - expected).max() <= 0.5
+    mixed = listen._mix(samples)
+    assert mixed.dtype == np.int16
+    assert np.abs(mixed - expected).max() <= 0.5

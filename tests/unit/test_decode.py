@@ -12,9 +12,11 @@ import numpy as np
 import pytest
 import soundfile as sf
 
-from transcribe.decode import HEAD_BYTES, SAMPLE_RATE, Audio, decode, probe_seconds
+from transcribe.decode import SAMPLE_RATE, Audio, decode
 from transcribe.errors import BadAudio, Fatal
 from transcribe.headerless import parse_headerless
+from transcribe.headers import HEAD_BYTES
+from transcribe.probe import probe_seconds
 
 CORPUS = Path(__file__).resolve().parents[2] / "../shared/corpus"
 needs_corpus = pytest.mark.skipif(

@@ -19,12 +19,21 @@ from transcribe import isolation, pipeline
 from transcribe.archive import list_archive
 from transcribe.config import RunConfig
 from transcribe.errors import BadAudio, Fatal
-from transcribe.isolation import Limits, collect
+from transcribe.isolation import Limits, results
 from transcribe.shards import Shard
 
 ROOT = Path(__file__).parents[2]
 GIB = 1 << 30
 ENOUGH = Limits(wait_s=60, memory_bytes=2 * GIB)
+
+
+def collect(function, args, limits):
+    return list(results(function, args, limits))
+
+
+def job_of(folder) -> pipeline.Job:
+    config = RunConfig(archive=str(folder), out="out")
+    return pipeline.Job(config, "run", "revision", "fake", "fingerprint", "cpu")
 
 
 def children() -> set[int]:
@@ -59,7 +68,7 @@ def own_child(monkeypatch):
 
 
 def test_poison_is_a_row_and_its_mates_are_decoded(tmp_path, monkeypatch, capfd, caplog):
-    monkeypatch.setattr(pipeline, "heard", poison.heard)
+    monkeypatch.setattr(pipeline, "listen", poison.listen)
     monkeypatch.setattr(pipeline, "decoding_limits", lambda *_: Limits(15.0, GIB))
     expected = {
         "defect": ("internal_error", "IndexError"),
@@ -70,10 +79,10 @@ def test_poison_is_a_row_and_its_mates_are_decoded(tmp_path, monkeypatch, capfd,
     for name in [*expected, *mates]:
         soundfile.write(tmp_path / f"{name}.wav", np.zeros(16_000), 16_000)
     recordings = tuple(list_archive(str(tmp_path)))
-    config = RunConfig(archive=str(tmp_path), out="out")
-    shard = pipeline.decode_shard(Shard("s", recordings), config)
-    assert [r.recording.uri for r in shard.recordings] == [r.uri for r in recordings]
-    got = {Path(r.recording.uri).stem: r for r in shard.recordings}
+    (part,) = pipeline.decode_shard(Shard("s", recordings), job_of(tmp_path))
+    outcomes = [piece.outcome for piece in part.pieces]
+    assert [o.recording.uri for o in outcomes] == [r.uri for r in recordings]
+    got = {Path(o.recording.uri).stem: o for o in outcomes}
     for name, (kind, word) in expected.items():
         problem = got[name].problem
         assert problem is not None and problem.kind == kind, name
@@ -82,10 +91,10 @@ def test_poison_is_a_row_and_its_mates_are_decoded(tmp_path, monkeypatch, capfd,
     for name in mates:
         assert got[name].problem is None
         assert got[name].facts is not None and got[name].facts.duration_s == 1.0
-    assert shard.peak_bytes > 0
+    assert part.peak_bytes > 0
     assert capfd.readouterr() == ("", "")
     assert "IndexError" in caplog.text  # a defect of ours, and where it is
-    assert "in heard" in caplog.text
+    assert "in listen" in caplog.text
     assert len(caplog.records) == 1
 
 
@@ -93,11 +102,10 @@ def test_a_child_that_cannot_start_stops_the_run(monkeypatch, tmp_path):
     """It is no recording's fault, and would fail every one."""
     soundfile.write(tmp_path / "a.wav", np.zeros(16_000), 16_000)
     shard = Shard("s", tuple(list_archive(str(tmp_path))))
-    config = RunConfig(archive=str(tmp_path), out="out")
     for executable in ("/bin/false", "/nonexistent"):
         monkeypatch.setattr(sys, "executable", executable)
         with pytest.raises(Fatal, match="process that decodes does not start"):
-            pipeline.decode_shard(shard, config)
+            list(pipeline.decode_shard(shard, job_of(tmp_path)))
 
 
 # ---- what can become of a child ---------------------------------------------------------
@@ -154,6 +162,23 @@ def test_a_child_killed_between_tasks_is_replaced():
     assert is_gone(before)
 
 
+def test_results_come_as_they_are_made_and_go_on_in_a_second_child():
+    coming = results(deeds.count_slowly, (40,), ENOUGH)
+    assert [next(coming) for _ in range(3)] == [0, 1, 2]
+    (child,) = children()
+    os.kill(child, signal.SIGKILL)
+    assert list(coming) == list(range(3, 40))
+
+
+def test_a_task_that_is_left_ends_its_child():
+    coming = results(deeds.count_slowly, (4_000,), ENOUGH)
+    assert next(coming) == 0
+    (child,) = children()
+    coming.close()
+    assert is_gone(child)
+    assert collect(deeds.give_back, (1,), ENOUGH) == [(1,)]
+
+
 def test_each_result_starts_the_deadline_anew():
     assert collect(deeds.count_slowly, (40,), Limits(2.0, GIB)) == list(range(40))
 
@@ -162,10 +187,10 @@ def test_a_pause_of_the_whole_machine_is_not_held_against_the_child():
     """The parent is stopped for longer than the deadline, as in a container that is paused."""
     code = (
         "from tests import deeds\n"
-        "from transcribe.isolation import Limits, collect\n"
-        "print(*collect(deeds.own_pid, (), Limits(60, 1 << 30)), flush=True)\n"
-        "print(*collect(deeds.count_slowly, (3,), Limits(60, 1 << 30)), flush=True)\n"
-        "print(*collect(deeds.sleep_for, (4.0,), Limits(3.0, 1 << 30)), flush=True)"
+        "from transcribe.isolation import Limits, results\n"
+        "print(*results(deeds.own_pid, (), Limits(60, 1 << 30)), flush=True)\n"
+        "print(*results(deeds.count_slowly, (3,), Limits(60, 1 << 30)), flush=True)\n"
+        "print(*results(deeds.sleep_for, (4.0,), Limits(3.0, 1 << 30)), flush=True)"
     )
     with subprocess.Popen(
         [sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, text=True
@@ -203,9 +228,9 @@ def test_a_child_dies_with_its_parent(deed):
     code = (
         "import sys, time\n"
         "from tests import deeds\n"
-        "from transcribe.isolation import Limits, collect\n"
-        "print(*collect(deeds.own_pid, (), Limits(60, 1 << 30)), flush=True)\n"
-        "if sys.argv[1] != 'none': collect(deeds.do, (sys.argv[1],), Limits(60, 1 << 30))\n"
+        "from transcribe.isolation import Limits, results\n"
+        "print(*results(deeds.own_pid, (), Limits(60, 1 << 30)), flush=True)\n"
+        "if sys.argv[1] != 'none': list(results(deeds.do, (sys.argv[1],), Limits(60, 1 << 30)))\n"
         "time.sleep(60)"
     )
     with subprocess.Popen(

@@ -15,6 +15,8 @@ import numpy.typing as npt
 from transcribe.engines.fitting import Fitting
 from transcribe.errors import TranscribeError
 
+VOTERS_PER_CHANNEL = 3  # windows that tell its language: the longest, which hold the most speech
+
 
 @dataclass(frozen=True, slots=True)
 class EngineInput:
@@ -24,11 +26,16 @@ class EngineInput:
         samples: int16 mono at 16 kHz, shape `[n_samples]`, at most 30 s.
         group: windows with the same group come from one recording.
         channel: channel of that recording; one channel is spoken in one language.
+        votes: whether the recording's language is to be told by this window, too.
+        is_wanted: whether it is to be recognised; one that is not is heard for its vote only, and
+            its hypothesis is empty.
     """
 
     samples: npt.NDArray[np.int16]
     group: int
     channel: int = 0
+    votes: bool = True
+    is_wanted: bool = True
 
 
 @dataclass(frozen=True, slots=True)

@@ -102,13 +102,14 @@ class CTC:
 
     def recognise(self, windows: Sequence[EngineInput]) -> list[Hypothesis]:
         """One hypothesis per window, in order (see `Engine`)."""
-        lengths = [_padded_length(len(window.samples)) for window in windows]
+        wanted = [i for i, window in enumerate(windows) if window.is_wanted]
+        lengths = [_padded_length(len(windows[i].samples)) for i in wanted]
 
         def hear(batch: list[int]) -> list[Hypothesis]:
-            return self._hear([windows[i].samples for i in batch], lengths[batch[0]])
+            return self._hear([windows[wanted[i]].samples for i in batch], lengths[batch[0]])
 
-        heard = dict(self.fitting.over(lengths, hear))
-        return [heard[i] for i in range(len(windows))]
+        heard = {wanted[i]: made for i, made in self.fitting.over(lengths, hear)}
+        return [heard.get(i, Hypothesis(())) for i in range(len(windows))]
 
     @torch.inference_mode()
     def _hear(self, windows: Sequence[npt.NDArray[np.int16]], length: int) -> list[Hypothesis]:

@@ -23,7 +23,13 @@ import numpy.typing as npt
 
 from transcribe.config import Task
 from transcribe.decode import SAMPLE_RATE
-from transcribe.engines.base import EngineInput, EngineWork, Hypothesis, HypothesisSegment
+from transcribe.engines.base import (
+    VOTERS_PER_CHANNEL,
+    EngineInput,
+    EngineWork,
+    Hypothesis,
+    HypothesisSegment,
+)
 from transcribe.engines.fitting import Fitting
 from transcribe.engines.whisper_tokens import WhisperTokens, compression_ratio, says_twice
 from transcribe.engines.whisper_words import Alignment, timed_segments
@@ -36,7 +42,6 @@ FULL_SAMPLES = 30 * SAMPLE_RATE
 SECONDS_PER_FRAME = 0.02  # of the encoder's output
 _MARGIN = SAMPLE_RATE  # silence after the speech, by which Whisper knows that it has ended
 _LENGTH_CLASS = 2 * SAMPLE_RATE
-_WINDOWS_PER_LANGUAGE_VOTE = 3
 
 # A channel is taken for another language than its recording only on good evidence.
 _OWN_LANGUAGE_PROBABILITY = 0.8
@@ -209,14 +214,14 @@ class Whisper:
         encoded: dict[int, Encoded],
     ) -> list[Hypothesis]:
         """Attempt after attempt on what still looks wrong; then the tails that were not heard."""
-        results: dict[int, Hypothesis] = {}
+        results = {i: Hypothesis(()) for i, window in enumerate(windows) if not window.is_wanted}
 
         def attempt(how: _Attempt, indices: Sequence[int]) -> None:
             for i, hypothesis in self._attempt(windows, indices, languages, how, encoded):
                 results[i] = _better(results.get(i), hypothesis, windows[i])
             encoded.clear()
 
-        todo = list(range(len(windows)))
+        todo = [i for i in range(len(windows)) if i not in results]
         attempt(_FIRST, todo)
         attempt(_UNSURE, [i for i in todo if _is_unsure(results[i], windows[i])])
         for retry in _RETRIES:
@@ -374,7 +379,9 @@ class Whisper:
             return [(self._language or "en", 1.0)] * len(windows)
         channels: dict[tuple[int, int], list[int]] = {}
         for index, window in enumerate(windows):
-            channels.setdefault((window.group, window.channel), []).append(index)
+            members = channels.setdefault((window.group, window.channel), [])
+            if window.votes:
+                members.append(index)
         votes = {key: self._vote(windows, members, encoded) for key, members in channels.items()}
         decided = decide_languages(votes)
         return [decided[window.group, window.channel] for window in windows]
@@ -388,7 +395,7 @@ class Whisper:
         """
         voters = sorted(members, key=lambda i: -len(windows[i].samples))
         vote = LanguageVote({}, 0)
-        for index in voters[:_WINDOWS_PER_LANGUAGE_VOTE]:
+        for index in voters[:VOTERS_PER_CHANNEL]:
             (output,) = self._encode(windows, [index], False, encoded)
             encoded[index] = output
             with self._decoding():
@@ -439,8 +446,8 @@ def decide_languages(
         together[group] = together.get(group, LanguageVote({}, 0)) + vote
     decided = {}
     for key, vote in votes.items():
-        own = vote.winner()
-        is_sure = own[1] >= _OWN_LANGUAGE_PROBABILITY and vote.n_samples >= _OWN_LANGUAGE_SAMPLES
+        own = vote.winner() if vote.n_samples >= _OWN_LANGUAGE_SAMPLES else ("", 0.0)
+        is_sure = own[1] >= _OWN_LANGUAGE_PROBABILITY
         decided[key] = own if is_sure else together[key[0]].winner()
     return decided
 
