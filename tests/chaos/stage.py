@@ -30,8 +30,8 @@ def _slow(self: FakeEngine, windows: Sequence[EngineInput]) -> list[Hypothesis]:
 
 
 def _deadly(decoded: DecodedPart, engine: Engine, job: Job) -> RecognisedPart:
-    for recording in decoded.recordings:
-        deed = Path(recording.recording.uri).stem.partition("-")[0]
+    for outcome in (piece.outcome for piece in decoded.pieces if piece.outcome is not None):
+        deed = Path(outcome.recording.uri).stem.partition("-")[0]
         if deed == "kill":
             os.kill(os.getpid(), signal.SIGKILL)
         if deed == "stop":
