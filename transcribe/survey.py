@@ -18,6 +18,7 @@ from transcribe import archive, duplicates, publish, storage
 from transcribe.archive import Recording
 from transcribe.errors import BadAudio, Transient
 from transcribe.headerless import Headerless
+from transcribe.headers import HEAD_BYTES
 
 _THREADS = 16  # they wait for the store more than they decode
 _WHOLE_BYTES = 4 << 20  # a file up to this size is read whole if its head does not say enough
@@ -135,9 +136,8 @@ def survey(
     contents: Iterable[publish.Content] = ()
     if out is not None:
         published = publish.read_published(out)
-        done = published.recording_ids
-        remaining = [r for r in everything if r.recording_id not in done]
-        contents = published.contents({r.size_bytes for r in remaining})
+        remaining = everything.without(published.recording_ids)
+        contents = published.contents(remaining.sizes)
     copies = {d.recording.recording_id for d in duplicates.find(remaining, contents)}
     left = [r for r in remaining if r.recording_id not in copies]
     look_at = partial(_look, headerless=headerless)
@@ -169,20 +169,20 @@ def _extension(recording: Recording) -> str:
 
 def _look(recording: Recording, headerless: Headerless | None) -> Seen:
     # Here, not at the head: the command starts without the seconds that torch takes to load.
-    from transcribe import decode
+    from transcribe import decode, probe
 
     try:
-        head = storage.read_range(recording.uri, 0, decode.HEAD_BYTES)
+        head = storage.read_range(recording.uri, 0, HEAD_BYTES)
     except BadAudio as error:
         return Seen(recording, problem=error.kind)
     except Transient:
         return Seen(recording)
-    seconds = decode.probe_seconds(head, recording.size_bytes, recording.uri, headerless)
+    seconds = probe.probe_seconds(head, recording.size_bytes, recording.uri, headerless)
     try:
         audio = decode.decode(head, recording.uri, headerless)
     except BadAudio as error:
         return _look_closer(recording, headerless, error)
-    return Seen(recording, seconds, audio.codec, len(audio.samples))
+    return Seen(recording, seconds, audio.codec, audio.n_channels)
 
 
 def _look_closer(recording: Recording, headerless: Headerless | None, error: BadAudio) -> Seen:
@@ -192,7 +192,7 @@ def _look_closer(recording: Recording, headerless: Headerless | None, error: Bad
     """
     from transcribe import decode
 
-    if recording.size_bytes <= decode.HEAD_BYTES:
+    if recording.size_bytes <= HEAD_BYTES:
         return Seen(recording, problem=error.kind)
     if recording.size_bytes > _WHOLE_BYTES:
         return Seen(recording)
@@ -202,7 +202,7 @@ def _look_closer(recording: Recording, headerless: Headerless | None, error: Bad
         return Seen(recording, problem=final.kind)
     except Transient:
         return Seen(recording)
-    return Seen(recording, audio.duration_s, audio.codec, len(audio.samples))
+    return Seen(recording, audio.duration_s, audio.codec, audio.n_channels)
 
 
 # ---------------------------------------------------------------- from the sample to the whole
