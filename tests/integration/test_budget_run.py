@@ -24,8 +24,8 @@ def test_a_budget_stops_a_run_and_the_same_command_goes_on(
 ):
     archive, out = write_archive(tmp_path / "calls", 6), tmp_path / "out"
     told = tmp_path / "told"
-    # A second a call of about 8 s, and a dollar a second: the first shard is all there is for.
-    flags = ["--model", "fake@8", "--price-per-hour", "3600", "--max-spend", "0.5"]
+    # Some seconds a call, and a dollar a second: the first shard is all there is money for.
+    flags = ["--model", "fake@2", "--price-per-hour", "3600", "--max-spend", "0.5"]
     first = transcribe(archive, out, *flags, "--notify-command", f"tee -a {told}")
     assert first.exit_code == 3, first.output
     last = first.stdout.splitlines()[-1]

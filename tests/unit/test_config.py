@@ -86,6 +86,11 @@ CHANGES_NOTHING: dict[str, Any] = {
     "shard_minutes": 3.0,
     "max_failed": 0.5,
     "wait_for_workers_s": 1.0,
+    "max_workers": 3,
+    "price_per_hour": 2.0,
+    "machine_type": "g2-standard-4",
+    "max_spend": 5.0,
+    "max_hours": 1.0,
 }
 
 
