@@ -15,7 +15,7 @@ from transcribe.config import RunConfig
 from transcribe.decode import decode
 from transcribe.engines.fake import FakeEngine
 from transcribe.shards import Shard
-from transcribe.speech import Span, SpeechDetector, Window
+from transcribe.speech import FrameJudge, Span, SpanFinder, SpeechDetector, Window
 
 CORPUS = Path(__file__).resolve().parents[2] / "../shared/corpus"
 pytestmark = pytest.mark.skipif(
@@ -39,6 +39,12 @@ def recordings_of(kind: str) -> list[Recording]:
     return [r for r in list_archive(str(root)) if str(Path(r.uri).relative_to(root)) in wanted]
 
 
+def spans_of(detector: SpeechDetector, samples: np.ndarray) -> list[Span]:
+    judge, finder = FrameJudge(detector), SpanFinder()
+    spans = finder.push(judge.push(samples)) + finder.push(judge.finish())
+    return spans + finder.finish(len(samples))
+
+
 def once_each(n_samples: int, spans: list[Span], windows: list[Window]) -> bool:
     """Whether each sample of speech lies in one window, and no sample in two."""
     heard = np.zeros(n_samples, dtype=np.int8)
@@ -53,10 +59,18 @@ def test_all_speech_is_in_one_window_and_every_window_has_one_hypothesis(
 ) -> None:
     config = RunConfig(archive=str(CORPUS), out=str(tmp_path), model="fake")
     job = pipeline.Job(config, "run", "fake", "fake", "0" * 16, "cpu")
-    shard = pipeline.decode_shard(Shard("corpus", tuple(recordings_of(kind))), config)
-    rows = pipeline.recognise_shard(shard, FakeEngine(), job).rows
+    parts = list(pipeline.decode_shard(Shard("corpus", recordings_of(kind)), job))
+    heard_parts = [pipeline.recognise_part(part, FakeEngine(), job) for part in parts]
+    rows = pipeline.join_parts(heard_parts, job).rows
     assert rows
-    for decoded, row in zip(shard.recordings, rows, strict=True):
+    pieces = [piece for part in parts for piece in part.pieces]
+    for index, row in enumerate(rows):
+        own = [piece for piece in pieces if piece.index == index]
+        decoded = own[-1].outcome
+        assert decoded is not None
+        all_windows = sorted(
+            (w for piece in own for w in piece.windows), key=lambda w: (w.channel, w.start)
+        )
         uri = decoded.recording.uri
         assert decoded.facts is not None, uri
         assert len(decoded.coverage) == decoded.facts.channels, uri
@@ -64,13 +78,13 @@ def test_all_speech_is_in_one_window_and_every_window_has_one_hypothesis(
         for covered in decoded.coverage:
             total = covered.speech + covered.silence + covered.skipped
             assert total == pytest.approx(samples.shape[1] / 16_000, abs=0.020), uri
-            windows = [w for w in decoded.windows if w.channel == covered.channel]
-            spans = [] if covered.skipped else detector.spans(samples[covered.channel])
+            windows = [w for w in all_windows if w.channel == covered.channel]
+            spans = [] if covered.skipped else spans_of(detector, samples[covered.channel])
             assert once_each(samples.shape[1], spans, windows), uri
             assert all(a.end <= b.start for a, b in pairwise(windows)), uri
             assert sum(s.n_samples for s in spans) / 16_000 == pytest.approx(covered.speech), uri
 
         heard = sorted((s["channel"], s["start"], s["end"]) for s in row["segments"])
-        given = sorted((w.channel, w.start / 16_000, w.end / 16_000) for w in decoded.windows)
+        given = sorted((w.channel, w.start / 16_000, w.end / 16_000) for w in all_windows)
         assert len(heard) == len(given), uri
         assert not given or np.allclose(heard, given, rtol=0, atol=0.001), uri

@@ -8,9 +8,14 @@ from hypothesis import strategies as st
 
 from transcribe.assemble import Word, assemble, coverage, coverage_breach, hypothesis_flags
 from transcribe.engines.base import Hypothesis, HypothesisSegment, HypothesisWord
-from transcribe.speech import Span, Window, pack_windows
+from transcribe.speech import Span, Window, WindowPacker
 
 SECOND = 16_000
+
+
+def pack_windows(spans: list[Span], channel: int) -> list[Window]:
+    packer = WindowPacker(channel)
+    return packer.push(spans, 0) + packer.finish()
 
 
 def window(channel: int, start_s: float, end_s: float) -> Window:
