@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo test test-long bench check audit lock image-steps clean
+.PHONY: demo test test-long fuzz bench check audit lock image-steps clean
 
 demo: $(INSTALLED)
 	$(BIN)/python -m jobs.demo
@@ -19,6 +19,12 @@ test-long: $(INSTALLED)
 # All installed peers and our job on the embedded model: under 15 minutes on 2 cores.
 bench: $(VENV)/.bench
 	$(BIN)/transcribe bench --out bench --minutes 6 --price 0.10
+
+# Broken files through decoding; `make fuzz FIRST=10001` tries others.
+FIRST := 1
+CASES := 10000
+fuzz: $(INSTALLED)
+	$(BIN)/python -m tests.fuzz --first $(FIRST) --cases $(CASES) --save build/fuzz
 
 check: $(INSTALLED)
 	$(BIN)/ruff check .

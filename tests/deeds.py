@@ -10,8 +10,11 @@ import os
 import signal
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import numpy as np
+
+from transcribe import isolation
 
 
 def do(deed: str) -> Iterator[object]:
@@ -29,6 +32,26 @@ def count_slowly(n: int) -> Iterator[int]:
     for i in range(n):
         time.sleep(0.1)
         yield i
+
+
+def work_long(n: int) -> Iterator[str]:
+    for _ in range(n):
+        time.sleep(0.1)
+        isolation.alive()
+    yield "done"
+
+
+def prepare_slowly() -> None:
+    time.sleep(1.5)
+
+
+def die_once(mark: Path) -> Iterator[int]:
+    """0 to 4; the first time, ends its process after 2."""
+    yield from range(3)
+    if not mark.exists():
+        mark.touch()
+        ctypes.string_at(0)
+    yield from (3, 4)
 
 
 def sleep_for(seconds: float) -> Iterator[float]:

@@ -23,4 +23,4 @@ def listen(content: object, name: str, *settings: object) -> Iterator[object]:
 def install() -> None:
     """For Ray: run in every worker process as it starts."""
     pipeline.listen = listen
-    pipeline.decoding_limits = lambda n_bytes, duration_s: Limits(60.0, 1 << 30)
+    pipeline.decoding_limits = lambda n_bytes: Limits(60.0, 1 << 30)

@@ -47,6 +47,7 @@ from transcribe.headers import (
     other_kind,
     wav_header,
 )
+from transcribe.isolation import alive
 from transcribe.resampling import SAMPLE_RATE as SAMPLE_RATE
 from transcribe.resampling import Floats, Resampler
 
@@ -313,6 +314,7 @@ def _samples(source: _Source, resampling: Stopwatch) -> Iterator[Int16s]:
         n = n * 4 * source.sample_rate // SAMPLE_RATE
     try:
         for block in _rechunk(source.blocks, max(1, n)):
+            alive()
             with resampling.running():
                 ready = _to_int16(resampler.push(_clean(block)))
             if ready.shape[1]:
@@ -699,7 +701,7 @@ def _av_blocks(first: av.AudioFrame, frames: Iterator[av.AudioFrame]) -> Iterato
 
 def _av_floats(frame: av.AudioFrame) -> Floats:
     """One frame as float32 [n_channels, n], full scale 1."""
-    values: npt.NDArray[Any] = frame.to_ndarray()
+    values = _av_values(frame)
     if frame.format.is_packed:
         values = values.reshape(-1, frame.layout.nb_channels).T
     if values.dtype == np.uint8:
@@ -707,6 +709,15 @@ def _av_floats(frame: av.AudioFrame) -> Floats:
     scale = 1.0 if values.dtype.kind == "f" else 1.0 / -float(np.iinfo(values.dtype).min)
     floats: Floats = np.multiply(values, scale, dtype=np.float32, casting="unsafe")
     return floats
+
+
+def _av_values(frame: av.AudioFrame) -> npt.NDArray[Any]:
+    """The frame as it is: [n_channels, n], or packed [1, n_channels * n]."""
+    if frame.format.name != "s64":
+        return cast(npt.NDArray[Any], frame.to_ndarray())
+    # Whole numbers of 64 bits, which PyAV does not hand out.
+    n_values = frame.samples * frame.layout.nb_channels
+    return np.frombuffer(cast(Any, frame.planes[0]), np.int64)[None, :n_values]
 
 
 def _av_claim(

@@ -1,11 +1,11 @@
 """A generator function in a child process: what ends the process costs one recording, not the run.
 
 Decoders are C code that meets bytes nobody has checked: they may crash, hang, or ask for all the
-memory there is. They run here, in one child per thread that asks, started once and used for
-recording after recording. The parent hands it a function of this package with its arguments,
-takes what the function yields, and watches: no result for too long, or too much memory, ends the
-child, as a crash does by itself. The recording gets a second, fresh child; if it ends that one
-too, it is `BadAudio`.
+memory there is. They run here, in a child that is started once and used for recording after
+recording. The parent hands it a function of this package with its arguments, takes what the
+function yields, and watches: no sign of life for too long, or too much memory, ends the child, as
+a crash does by itself. The recording gets a second, fresh child; if it ends that one too, it is
+`BadAudio`.
 
 Owns the child's life and the wire to it. Must not know: audio, storage, Ray.
 
@@ -34,8 +34,7 @@ import threading
 import time
 import traceback
 import weakref
-from collections.abc import Callable, Generator, Iterator
-from contextlib import closing
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -57,7 +56,7 @@ class Limits:
     """What a task may take before its child is ended.
 
     Attributes:
-        wait_s: seconds without a result; each result starts them anew.
+        wait_s: seconds without a sign of life; each result and `alive()` start them anew.
         memory_bytes: anonymous memory of the child, what it had before the task included.
     """
 
@@ -66,34 +65,34 @@ class Limits:
 
 
 def results(
-    function: Callable[..., Iterator[T]], args: tuple[Any, ...], limits: Limits
+    function: Callable[..., Iterator[T]],
+    args: tuple[Any, ...],
+    limits: Limits,
+    prepare: Callable[[], object] | None = None,
 ) -> Iterator[T]:
-    """What `function(*args)` yields, as it comes, run in this thread's child process.
-
-    The child goes on while a result is looked at, until the wire is full. A second child, if there
-    has to be one, begins anew, and what it yields again is passed over: the same arguments must
-    give the same results.
+    """What `function(*args)` yields, made in a child process.
 
     Args:
-        function: found by its name in its module; the child imports that.
-        args: pickled, like what the function yields; arrays in it are copied once each way.
+        function: found by its name in its module; the child imports that. It must yield the same
+            when it is called again: a second child's results go on where the first one's ended.
+        args: pickled, like what the function yields; arrays in it are copied once.
         limits: what it may take.
+        prepare: run before it, outside its limits: loads what the first task would load.
 
     Raises:
         BadAudio: `crashed_worker`, `decode_timeout`, `decode_memory`: two children were lost to it.
         Fatal: no child can be started.
         Exception: what the function raised, with the child's traceback as a note.
     """
-    request = _packed((function, args))
-    tries = n_given = 0
+    request = _packed((prepare, function, args))
+    tries = n_had = 0
     while True:
         tries += 1
         try:
-            with closing(_child().run(request, limits)) as run:
-                for n, result in enumerate(run):
-                    if n >= n_given:
-                        n_given += 1
-                        yield result
+            for n, result in enumerate(_run(request, limits)):
+                if n == n_had:
+                    n_had += 1
+                    yield result
             return
         except _Lost as lost:
             if tries >= (_TRIES_IF_IT_MAY_PASS if lost.may_pass else _TRIES):
@@ -102,10 +101,16 @@ def results(
                 time.sleep(_PAUSE_S * 2 ** (tries - 1))
 
 
+def alive() -> None:
+    """Say that work goes on; for functions that can work long between results."""
+    if _TO_PARENT is not None:
+        _send(_TO_PARENT, _packed(("alive", None)), _no_look)
+
+
 def peak_bytes() -> int:
-    """Largest resident memory of this thread's child so far; 0 if it has none."""
-    child: _Child | None = getattr(_OF_THREAD, "child", None)
-    return child.peak_bytes if child else 0
+    """Largest resident memory of this thread's children when they had done a task; 0 before."""
+    peak: int = getattr(_OF_THREAD, "peak_bytes", 0)
+    return peak
 
 
 class _Lost(Exception):
@@ -148,11 +153,23 @@ def _ending(status: int) -> str:
 _OF_THREAD = threading.local()  # PR_SET_PDEATHSIG binds a child to the thread that made it
 
 
-def _child() -> _Child:
-    child: _Child | None = getattr(_OF_THREAD, "child", None)
+def _run(request: list[_Bytes], limits: Limits) -> Iterator[Any]:
+    """What the requested function yields, by this thread's child if that is not busy.
+
+    Raises:
+        _Lost: the child is gone.
+        Exception: what the function raised.
+    """
+    child: _Child | None = getattr(_OF_THREAD, "idle", None)
+    _OF_THREAD.idle = None
     if child is None or not child.is_alive:
-        child = _OF_THREAD.child = _Child()
-    return child
+        child = _Child()
+    try:
+        yield from child.run(request, limits)
+    finally:
+        if child.is_alive:
+            _OF_THREAD.idle = child
+            _OF_THREAD.peak_bytes = max(peak_bytes(), child.peak_bytes())
 
 
 class _Child:
@@ -164,7 +181,6 @@ class _Child:
             self._process = _interpreter(theirs.fileno())
         ours.settimeout(_TICK_S)
         self._wire = ours
-        self.peak_bytes = 0
         # Also when the thread ends that it belongs to, and when the interpreter does.
         self._end = weakref.finalize(self, _end, self._process, ours)
 
@@ -173,49 +189,56 @@ class _Child:
         """Whether it can be given a task."""
         return self._process.poll() is None
 
-    def run(self, request: list[_Bytes], limits: Limits) -> Generator[Any, None, None]:
-        """What the requested function yields.
+    def peak_bytes(self) -> int:
+        """Largest resident size so far (VmHWM: getrusage would count the parent's, from vfork)."""
+        try:
+            lines = Path(f"/proc/{self._process.pid}/status").read_text().splitlines()
+        except OSError:
+            return 0
+        return next((int(line.split()[1]) * 1024 for line in lines if line[:6] == "VmHWM:"), 0)
+
+    def run(self, request: list[_Bytes], limits: Limits) -> Iterator[Any]:
+        """What the requested function yields. Without its end, the child is of no more use.
 
         Raises:
-            _Lost: the child is gone.
+            _Lost: it is gone.
             Exception: what the function raised.
         """
-        try:
-            kind, value = yield from self._run(request, limits)
-        except BaseException:  # what is still under way must not answer the next request
-            self._process.kill()
-            self._end()
-            raise
-        if isinstance(value, MemoryError):
-            raise _Lost("memory", "the machine did not give the memory it asks for")
-        if kind == "raised":
-            raise value
-        if kind == "unready":
-            raise Fatal(f"The process that decodes does not start: {value}")
-
-    def _run(self, request: list[_Bytes], limits: Limits) -> Generator[Any, None, tuple[str, Any]]:
-        """The results; returns the message after them, with its value."""
-        started = False
+        is_started = is_done = False
         watch = _Watch(self._process.pid, Limits(_START_S, limits.memory_bytes))
         try:
             _send(self._wire, request, watch.look)
-            while True:
+            while not is_done:
                 kind, value = _receive(self._wire, watch.look)
+                watch.waited_s = 0.0
                 if kind == "started":
-                    started = True
+                    is_started = True
                     watch = _Watch(self._process.pid, limits)
                 elif kind == "result":
                     yield value
-                    watch.waited_s = 0.0
-                else:
-                    self.peak_bytes = max(self.peak_bytes, watch.peak_bytes())
-                    return kind, value
+                elif kind != "alive":
+                    is_done = True
         except _Cut:
             self._end()
             status = self._process.returncode
             # SIGKILL comes from outside: from the kernel, short of memory, for example.
-            killed = status == -signal.SIGKILL
-            raise _Lost("crash" if started else "start", _ending(status), killed) from None
+            is_killed = status == -signal.SIGKILL
+            raise _Lost("crash" if is_started else "start", _ending(status), is_killed) from None
+        finally:
+            if not is_done:
+                self._process.kill()
+                self._end()
+        _settle(kind, value)
+
+
+def _settle(kind: str, value: Any) -> None:
+    """What the last message means."""
+    if isinstance(value, MemoryError):
+        raise _Lost("memory", "the machine did not give the memory it asks for")
+    if kind == "raised":
+        raise value
+    if kind == "unready":
+        raise Fatal(f"The process that decodes does not start: {value}")
 
 
 def _interpreter(descriptor: int) -> subprocess.Popen[bytes]:
@@ -278,14 +301,6 @@ class _Watch:
         except (OSError, ValueError):
             return 0
         return (int(resident) - int(shared)) * resource.getpagesize()
-
-    def peak_bytes(self) -> int:
-        """Largest resident size so far (VmHWM: getrusage would count the parent's, from vfork)."""
-        try:
-            lines = (self._process / "status").read_text().splitlines()
-        except OSError:
-            return 0
-        return next((int(line.split()[1]) * 1024 for line in lines if line[:6] == "VmHWM:"), 0)
 
 
 # ---- the wire ---------------------------------------------------------------------------
@@ -359,13 +374,16 @@ def _read(wire: socket.socket, n: int, look: Callable[[], None]) -> bytearray:
 
 # ---- the child's side -------------------------------------------------------------------
 
+_TO_PARENT: socket.socket | None = None
 _MAIN = "import sys; from transcribe.isolation import serve; serve(*map(int, sys.argv[1:]))"
 
 
 def serve(descriptor: int, parent: int) -> None:
     """The child's main: run what is asked for until the parent is gone."""
-    _prepare(parent)
+    global _TO_PARENT
+    _bind(parent)
     with socket.socket(fileno=descriptor) as wire:
+        _TO_PARENT = wire
         while True:
             try:
                 _answer(wire)
@@ -373,7 +391,7 @@ def serve(descriptor: int, parent: int) -> None:
                 return
 
 
-def _prepare(parent: int) -> None:
+def _bind(parent: int) -> None:
     if sys.platform == "linux":
         pr_set_pdeathsig = 1
         ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
@@ -390,7 +408,9 @@ def _answer(wire: socket.socket) -> None:
         _send(wire, _packed((kind, value)), _no_look)
 
     try:
-        function, args = _receive(wire, _no_look)
+        prepare, function, args = _receive(wire, _no_look)
+        if prepare is not None:
+            prepare()
     except _Cut:
         raise
     except Exception as error:  # this package, or what it imports, is not installed here

@@ -19,6 +19,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
+from transcribe import resampling
 from transcribe.assemble import Coverage, coverage, coverage_breach
 from transcribe.config import ChannelMode
 from transcribe.decode import SAMPLE_RATE, Audio, Int16s, Stopwatch, decode
@@ -84,6 +85,12 @@ class Piece:
     samples: tuple[npt.NDArray[np.int16], ...]
     spent: Spent
     whole: Whole | None
+
+
+def load() -> None:
+    """Load what listening needs, which the first recording would do."""
+    resampling.load()
+    _detector()
 
 
 def listen(

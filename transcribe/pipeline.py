@@ -38,7 +38,7 @@ from transcribe.engines.base import (
 )
 from transcribe.errors import BadAudio, Fatal
 from transcribe.fetch import Fetched, fetch
-from transcribe.listen import PIECE_SAMPLES, Piece, Spent, Whole, listen
+from transcribe.listen import PIECE_SAMPLES, Piece, Spent, Whole, listen, load
 from transcribe.publish import publish_shard as write_shard
 from transcribe.shards import Shard, shard_id
 from transcribe.speech import Window
@@ -365,21 +365,20 @@ def _pieces(
 def _heard(recording: Recording, fetched: Fetched, job: Job) -> Iterator[Piece]:
     """`listen`, in a child process."""
     config = job.config
-    n_bytes = max(recording.size_bytes, fetched.size_bytes)
-    limits = decoding_limits(n_bytes, recording.duration_s)
+    limits = decoding_limits(max(recording.size_bytes, fetched.size_bytes))
     piece_samples = min(PIECE_SAMPLES, job.part_samples)
     told = config.headerless_format
     arguments = (fetched.content, recording.uri, config.channels, told, piece_samples)
-    return isolation.results(listen, arguments, limits)
+    return isolation.results(listen, arguments, limits, load)
 
 
-def decoding_limits(n_bytes: int, duration_s: float) -> isolation.Limits:
-    """What decoding a recording of that size and estimated duration may take.
+def decoding_limits(n_bytes: int) -> isolation.Limits:
+    """What the process that decodes a recording of that size may take.
 
-    Decoding and speech detection run at several hundred times real time on an idle core: a
-    deadline of a twentieth of the sound, and a minute, leaves room for a very busy machine.
+    It gives a sign of life with each block, of two minutes of sound at most, which takes a second
+    on an idle core. Before the first one, much of a large file may be read, to find its index.
     """
-    return isolation.Limits(60.0 + n_bytes / 1e6 + duration_s / 20, _DECODE_MEMORY_BYTES)
+    return isolation.Limits(60.0 + n_bytes / 10e6, _DECODE_MEMORY_BYTES)
 
 
 def _outcome(recording: Recording, whole: Whole) -> Outcome:

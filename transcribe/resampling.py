@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import math
 from functools import lru_cache
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
-import torch
-from torchaudio.transforms import Resample
+
+if TYPE_CHECKING:  # 2 s and 250 MB, which only a process that decodes should pay: see `load`
+    import torch
 
 SAMPLE_RATE = 16_000
 
@@ -19,6 +21,11 @@ Floats = npt.NDArray[np.float32]
 
 _LOWPASS_WIDTH, _ROLLOFF = 6, 0.99  # torchaudio's defaults
 _MAX_KERNEL_VALUES = 1 << 21
+
+
+def load() -> None:
+    """Load torch, which the first resampling would do."""
+    import torchaudio.transforms  # noqa: F401
 
 
 class Resampler:
@@ -77,6 +84,8 @@ def _resample(x: Floats, step_in: int, step_out: int) -> Floats:
     """float32 [n_channels, n] -> [n_channels, ceil(n * step_out / step_in)]."""
     if step_in * step_out > _MAX_KERNEL_VALUES:
         return _interpolate(x, step_in, step_out)
+    import torch
+
     filters, width, stride = _filters(step_in, step_out)
     n_out = -(-x.shape[1] * step_out // step_in)
     with torch.inference_mode():
@@ -94,6 +103,9 @@ def _filters(step_in: int, step_out: int) -> tuple[torch.Tensor, int, int]:
     they are one or two short rows, on which conv1d is slow: they are repeated, shifted, so
     that one step gives many output samples. Same numbers, about ten times as fast.
     """
+    import torch
+    from torchaudio.transforms import Resample
+
     resample = Resample(step_in, step_out, lowpass_filter_width=_LOWPASS_WIDTH, rolloff=_ROLLOFF)
     rows, width = resample.kernel[:, 0], int(resample.width)
     n_taps, repeats = rows.shape[1], max(1, 48 // step_in)

@@ -163,6 +163,7 @@ AV_CASES = [
     ("amr", "libopencore_amrnb", 8000, 1, "amr", "amr_nb", 0.65),  # made for speech, not tones
     ("g722", "g722", 16000, 1, "g722", "g722", 0.95),
     ("wav", "g722", 16000, 1, "wav", "g722", 0.95),
+    ("wav", "pcm_s64le", 16000, 2, "wav", "pcm_s64le", 0.999),
     ("mulaw", "pcm_mulaw", 8000, 1, "mulaw", "pcm_mulaw", 0.99),
     ("alaw", "pcm_alaw", 8000, 1, "alaw", "pcm_alaw", 0.99),
     ("asf", "wmav2", 44100, 2, "asf", "wmav2", 0.95),

@@ -31,11 +31,6 @@ def collect(function, args, limits):
     return list(results(function, args, limits))
 
 
-def job_of(folder) -> pipeline.Job:
-    config = RunConfig(archive=str(folder), out="out")
-    return pipeline.Job(config, "run", "revision", "fake", "fingerprint", "cpu")
-
-
 def children() -> set[int]:
     """Processes whose parent this one is, zombies included."""
     found = set()
@@ -67,9 +62,19 @@ def own_child(monkeypatch):
 # ---- shards with poison in them ---------------------------------------------------------
 
 
-def test_poison_is_a_row_and_its_mates_are_decoded(tmp_path, monkeypatch, capfd, caplog):
+def decoded(folder: Path, job: pipeline.Job) -> list[pipeline.DecodedPart]:
+    return list(pipeline.decode_shard(Shard("s", tuple(list_archive(str(folder)))), job))
+
+
+@pytest.fixture
+def job(tmp_path):
+    config = RunConfig(archive=str(tmp_path), out="out")
+    return pipeline.Job(config, "run", "revision", "fake", "fingerprint", "cpu")
+
+
+def test_poison_is_a_row_and_its_mates_are_decoded(tmp_path, job, monkeypatch, capfd, caplog):
     monkeypatch.setattr(pipeline, "listen", poison.listen)
-    monkeypatch.setattr(pipeline, "decoding_limits", lambda *_: Limits(15.0, GIB))
+    monkeypatch.setattr(pipeline, "decoding_limits", lambda *_: Limits(30.0, GIB))
     expected = {
         "defect": ("internal_error", "IndexError"),
         "eat": ("decode_memory", "1.0 GiB"),
@@ -78,11 +83,10 @@ def test_poison_is_a_row_and_its_mates_are_decoded(tmp_path, monkeypatch, capfd,
     mates = ["a", "e", "rest", "zz"]
     for name in [*expected, *mates]:
         soundfile.write(tmp_path / f"{name}.wav", np.zeros(16_000), 16_000)
-    recordings = tuple(list_archive(str(tmp_path)))
-    (part,) = pipeline.decode_shard(Shard("s", recordings), job_of(tmp_path))
+    (part,) = decoded(tmp_path, job)
     outcomes = [piece.outcome for piece in part.pieces]
-    assert [o.recording.uri for o in outcomes] == [r.uri for r in recordings]
-    got = {Path(o.recording.uri).stem: o for o in outcomes}
+    got = {Path(o.recording.uri).stem: o for o in outcomes if o is not None}
+    assert list(got) == sorted([*expected, *mates])
     for name, (kind, word) in expected.items():
         problem = got[name].problem
         assert problem is not None and problem.kind == kind, name
@@ -98,14 +102,13 @@ def test_poison_is_a_row_and_its_mates_are_decoded(tmp_path, monkeypatch, capfd,
     assert len(caplog.records) == 1
 
 
-def test_a_child_that_cannot_start_stops_the_run(monkeypatch, tmp_path):
+def test_a_child_that_cannot_start_stops_the_run(monkeypatch, tmp_path, job):
     """It is no recording's fault, and would fail every one."""
     soundfile.write(tmp_path / "a.wav", np.zeros(16_000), 16_000)
-    shard = Shard("s", tuple(list_archive(str(tmp_path))))
     for executable in ("/bin/false", "/nonexistent"):
         monkeypatch.setattr(sys, "executable", executable)
         with pytest.raises(Fatal, match="process that decodes does not start"):
-            list(pipeline.decode_shard(shard, job_of(tmp_path)))
+            decoded(tmp_path, job)
 
 
 # ---- what can become of a child ---------------------------------------------------------
@@ -162,23 +165,6 @@ def test_a_child_killed_between_tasks_is_replaced():
     assert is_gone(before)
 
 
-def test_results_come_as_they_are_made_and_go_on_in_a_second_child():
-    coming = results(deeds.count_slowly, (40,), ENOUGH)
-    assert [next(coming) for _ in range(3)] == [0, 1, 2]
-    (child,) = children()
-    os.kill(child, signal.SIGKILL)
-    assert list(coming) == list(range(3, 40))
-
-
-def test_a_task_that_is_left_ends_its_child():
-    coming = results(deeds.count_slowly, (4_000,), ENOUGH)
-    assert next(coming) == 0
-    (child,) = children()
-    coming.close()
-    assert is_gone(child)
-    assert collect(deeds.give_back, (1,), ENOUGH) == [(1,)]
-
-
 def test_each_result_starts_the_deadline_anew():
     assert collect(deeds.count_slowly, (40,), Limits(2.0, GIB)) == list(range(40))
 
@@ -202,6 +188,30 @@ def test_a_pause_of_the_whole_machine_is_not_held_against_the_child():
         time.sleep(4.5)
         os.kill(parent.pid, signal.SIGCONT)
         assert parent.stdout.read() == "4.0\n"
+
+
+def test_a_sign_of_life_starts_the_deadline_anew():
+    assert collect(deeds.work_long, (40,), Limits(2.0, GIB)) == ["done"]
+
+
+def test_results_go_on_where_those_of_a_lost_child_ended(tmp_path):
+    """What was handed out is not handed out again."""
+    assert collect(deeds.die_once, (tmp_path / "died",), ENOUGH) == [0, 1, 2, 3, 4]
+    assert (tmp_path / "died").exists()
+
+
+def test_streams_may_be_left_or_interleaved():
+    first = results(deeds.count_slowly, (5,), ENOUGH)
+    second = results(deeds.count_slowly, (5,), ENOUGH)
+    assert [next(first), next(second), next(first), next(second)] == [0, 0, 1, 1]
+    first.close()  # in the middle: its child must not answer the next request
+    assert list(second) == [2, 3, 4]
+    assert collect(deeds.give_back, ("mine",), ENOUGH) == [("mine",)]
+
+
+def test_preparing_is_not_held_against_the_task():
+    got = list(results(deeds.own_pid, (), Limits(0.5, GIB), deeds.prepare_slowly))
+    assert len(got) == 1
 
 
 def test_one_child_serves_task_after_task():
