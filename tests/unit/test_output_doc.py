@@ -78,6 +78,7 @@ def test_report_keys() -> None:
 
 
 _ADDED = {
+    "environment": 0,
     "published": {"ok": 1},
     "predicted": compared(None, Actual({}, 0, 0, "cpu", 0.0, 0.0, None)),
 }
