@@ -14,6 +14,11 @@ from typing import Any
 from transcribe import figures
 from transcribe.figures import BLUE, GREEN, GREY, ORANGE, RED, VIOLET, Bar
 
+_ENDED = {
+    "interrupted": ", interrupted before its end",
+    "stopped": ", stopped before its end",
+    "budget": ", ended by its budget",
+}
 _MOST_WORKERS = 24
 _STEPS = 60
 _TINY_GAP = 1 / 400  # of the run's length: not to be seen
@@ -74,13 +79,14 @@ def run_page(report: Mapping[str, Any], shards: Sequence[Mapping[str, Any]]) -> 
     own = [shard for shard in shards if shard["recognise_seconds"] > 0]
     sections = [
         *run_sections(report, own),
+        *_cost(report),
         *_failures(report),
         Section("Machine and versions", rows=_pairs(report["environment"], skip=("command",))),
     ]
     return render(
         title="Transcription run",
         subtitle=f"{report['archive']} → {report['out']}, run {report['run_id']}"
-        + ("" if report["ended"] == "complete" else f", {report['ended']} before its end"),
+        + _ENDED.get(report["ended"], ""),
         verdict=report["bottleneck"]["sentence"],
         tiles=_tiles(report),
         sections=sections,
@@ -112,7 +118,8 @@ def _tiles(report: Mapping[str, Any]) -> list[Tile]:
         Tile(f"{report['workers']} × {report['device']}", "engines"),
         Tile(percent(report["worker_busy_share"]), "of their time engines were at work"),
     ]  # fmt: skip
-    return tiles
+    cost = report["cost"]["usd_per_1000_audio_hours"]
+    return tiles if cost is None else [*tiles, Tile(f"${cost:,.2f}", "per 1,000 audio hours")]
 
 
 # ---- plots of a run -----------------------------------------------------------------------
@@ -253,6 +260,25 @@ def _batches(report: Mapping[str, Any]) -> Section:
         "Padding is encoder work on nothing; an ended slot waits for longer texts of its batch.",
         figures.bars("batches", items, "share") if items else "",
     )
+
+
+def _cost(report: Mapping[str, Any]) -> list[Section]:
+    cost = report["cost"]
+    if cost["usd"] is None:
+        return []
+    padding, idle = cost["padding_usd"] or 0.0, cost["idle_usd"] or 0.0
+    parts = [
+        ("recognising speech", max(0.0, cost["usd"] - idle - padding), BLUE),
+        ("encoding padding", padding, ORANGE),
+        ("engines without work", idle, GREY),
+    ]
+    items = [Bar(what, usd, f"${usd:,.4g}", colour) for what, usd, colour in parts]
+    note = f"${cost['usd']:,.4g} for the machines while the run was at work, by what they did."
+    lines = [("machine type", "most at once", "hours", "$ an hour", "$")]
+    for kind, m in report["machines"].items():
+        money = [f"{m[k]:,.4g}" if m[k] is not None else "–" for k in ("usd_per_hour", "usd")]
+        lines.append((kind, str(m["machines"]), f"{m['hours']:,.3f}", *money))
+    return [Section("What it cost", note, figures.waterfall("cost", items, "US dollars"), lines)]
 
 
 def _failures(report: Mapping[str, Any]) -> list[Section]:

@@ -97,6 +97,19 @@ def test_the_figures_of_the_report_are_on_it(page: str) -> None:
     assert "75%" in text and "25%" in text  # speech and padding in the encoder's input
 
 
+def test_what_it_cost_is_told_where_there_is_a_price() -> None:
+    made = content(SUMMARY)
+    assert "What it cost" not in read(run_page(made, metric_rows("r", [SUMMARY]))).text
+    shares = {"idle_usd": 3.0, "padding_usd": 2.0, "usd_per_1000_audio_hours": 84.5}
+    made["cost"] = {**made["cost"], "usd": 14.0, **shares}
+    machine = {"machines": 2, "hours": 7.0, "usd_per_hour": 2.0, "usd": 14.0}
+    made["machines"] = {"g2<b>": machine}
+    text = " ".join(read(run_page(made, metric_rows("r", [SUMMARY]))).text.split())
+    assert "$84.50 per 1,000 audio hours" in text
+    assert "recognising speech" in text and "$9" in text  # 14 less 3 idle, less 2 for padding
+    assert "g2<b> 2 7.000 2 14" in text
+
+
 def test_a_run_that_only_copied_rows_has_a_page(page: str) -> None:
     made = content(replace(SUMMARY, seconds=replace(SUMMARY.seconds, recognise=0.0)))
     assert read(run_page(made, metric_rows("r", []))).text
