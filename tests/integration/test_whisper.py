@@ -54,7 +54,8 @@ def test_its_time_is_accounted_for(engine, windows):
     spent, work = time.perf_counter() - started, engine.work.since(before)
     assert min(work.features_s, work.encoder_s, work.decoder_s) > 0
     assert 0.5 * spent < work.features_s + work.encoder_s + work.decoder_s <= spent
-    assert work.heard_samples == sum(len(w.samples) for w in windows) < work.padded_samples
+    # An unlikely text is heard twice.
+    assert sum(len(w.samples) for w in windows) <= work.heard_samples < work.padded_samples
     assert 0 < work.tokens < work.token_slots  # the shorter sentences end first
 
 
