@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from datetime import datetime
@@ -52,7 +53,10 @@ def load_job(setup: Setup) -> Transcriber:
 
 
 def load_bare(setup: Setup) -> Transcriber:
-    """Shard after shard in this process: decode, recognise, publish."""
+    """Shard after shard in this process: decode, recognise, publish.
+
+    Listing the archive is not in `seconds`, as it is not in a job's.
+    """
     numbers = itertools.count()
     engine = None
 
@@ -69,9 +73,10 @@ def load_bare(setup: Setup) -> Transcriber:
             device=setup.device,
         )
         engine = engine or load_engine(job)
+        started = time.perf_counter()
         for _ in pipeline.run_shards(plan.shards, job, engine):
             pass
-        return Answer(_texts(config.out, files))
+        return Answer(_texts(config.out, files), seconds=time.perf_counter() - started)
 
     return transcribe
 
