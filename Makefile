@@ -5,13 +5,18 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo test test-long fuzz bench check audit lock image-steps clean
+.PHONY: demo test test-long chaos fuzz bench check audit lock image-steps clean
 
 demo: $(INSTALLED)
 	$(BIN)/python -m jobs.demo
 
 test: $(INSTALLED)
 	$(BIN)/python -m pytest
+
+# 200 schedules of faults, or CHAOS_SCHEDULES of them from CHAOS_SEED on: hours.
+chaos: $(INSTALLED)
+	CHAOS_SCHEDULES=$${CHAOS_SCHEDULES:-200} CHAOS_STOP_S=$${CHAOS_STOP_S:-30} \
+		$(BIN)/python -m pytest -s tests/chaos -m "long or not long"
 
 test-long: $(INSTALLED)
 	$(BIN)/python -m pytest -m long

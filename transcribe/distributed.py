@@ -7,6 +7,7 @@ driver is one small summary per shard.
 
 from __future__ import annotations
 
+import atexit
 import functools
 import logging
 import os
@@ -14,11 +15,12 @@ import pickle
 import queue
 import signal
 import socket
+import sys
 import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -61,7 +63,9 @@ _TICK_S = 0.5
 _LOOK_EVERY_S = 1.0
 _ANSWER_S = 10.0  # for a question to Ray
 _LEAVE_S = 3.0
-_SILENCE_S = 30.0  # Ray ends a process whose head has been gone for 60 s, without a word
+_HEAD_EVERY_S = 2.0
+_SILENCE_S = 30.0
+_LAST_WORD_S = 20.0
 _STANDSTILL_S = 300.0  # a new machine installs the job's packages first
 _LOADS_IN_VAIN = 4  # for each engine
 
@@ -164,7 +168,7 @@ def _sigterm_kept() -> Iterator[None]:
 
 def disconnect() -> None:
     """Leave the cluster; an embedded one ends."""
-    ray.shutdown()
+    _within(_ANSWER_S, ray.shutdown)
 
 
 def on_every_node(model: str, engine: EngineName | None) -> list[Node]:
@@ -411,14 +415,14 @@ class Round:
         self._parts: dict[str, dict[int, RecognisedPart]] = {}
         self._job = job
         self._workers = min(workers, len(shards))
-        self._home = ray.get_runtime_context().get_node_id()
-        self._watch = _start_watch(self._home)
+        self._watch = _start_watch()
         self._results: queue.SimpleQueue[_Row | BaseException | None] = queue.SimpleQueue()
         dataset = _dataset(shards, job, self._workers, self._watch)
         self._thread = threading.Thread(target=self._drain, args=(dataset,), daemon=True)
         self._is_over = False
         self._asked_at = 0.0
-        self._heard_at = self._changed_at = time.monotonic()
+        self._changed_at = time.monotonic()
+        self._head = _Head()
         self._look = Look()
 
     def __enter__(self) -> Round:
@@ -430,6 +434,7 @@ class Round:
         if not self._is_over:  # or engines would keep their place
             _LEAVING.set()
             self._thread.join(_LEAVE_S)
+        self._head.leave()
         _within(_LEAVE_S, lambda: ray.kill(self._watch))
 
     def outcomes(self) -> Iterator[ShardSummary | SetAside]:
@@ -533,11 +538,10 @@ class Round:
         if now - self._asked_at < _LOOK_EVERY_S:
             return False
         self._asked_at = now
+        self._head.check()
         look: Look | None = self._call("look")
         if look is None:
-            self._is_ray_there(now)
             return False
-        self._heard_at = now
         if look.events != self._look.events or look.at_work:
             self._changed_at = now
         self._look = look
@@ -562,7 +566,6 @@ class Round:
         still_s = now - self._changed_at
         if still_s < _LOOK_EVERY_S * 5:
             return
-        self._is_ray_there(now)
         resources = _within(_ANSWER_S, _resources)
         if resources is None:
             return
@@ -575,22 +578,6 @@ class Round:
         elif still_s > self._job.config.wait_for_workers_s:
             needs = _needs(self._job.config.device, resources)
             raise Fatal(f"The cluster cannot go on with this job: it {needs}." + _AGAIN)
-
-    def _is_ray_there(self, now: float) -> None:
-        """Say that Ray is gone before it ends this process without a word.
-
-        Raises:
-            Fatal: neither the watch nor the cluster's head has answered for some time.
-        """
-        alive = _within(_ANSWER_S, _living_nodes)
-        if alive is None:
-            silent_s = now - self._heard_at
-            if silent_s > _SILENCE_S:
-                raise Fatal(
-                    f"Ray has not answered for {silent_s:.0f} s: its head is gone." + _AGAIN
-                )
-        elif self._home not in alive:
-            raise Fatal("Ray has ended on this machine under the run." + _AGAIN)
 
     def _call(self, name: str, *arguments: object) -> Any:
         """The watch's answer; None if there is none."""
@@ -626,11 +613,61 @@ def _dataset(shards: Sequence[Shard], job: Job, workers: int, watch: Any) -> ray
     )
 
 
-def _start_watch(node_id: str) -> Any:
+def _start_watch() -> Any:
     """Where whoever asks it is, for it must not go down with a worker's machine."""
     lasting = ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=-1)(_WatchActor)
-    here = NodeAffinitySchedulingStrategy(node_id, soft=True)
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
     return lasting.options(scheduling_strategy=here).remote()
+
+
+class _Head:
+    """The cluster's head, asked again and again in a thread: without it, questions never end.
+
+    Ray ends a process whose head has been gone for 60 s, without a word and with exit code 1.
+    """
+
+    def __init__(self) -> None:
+        self._home = ray.get_runtime_context().get_node_id()
+        self._heard_at = time.monotonic()
+        self._is_home_alive = True
+        self._is_over = threading.Event()
+        for work in (self._ask, self._have_the_last_word):
+            threading.Thread(target=work, daemon=True).start()
+
+    def check(self) -> None:
+        """Say that Ray is gone, while there is time to.
+
+        Raises:
+            Fatal: the head has not answered for some time, or Ray has ended on this machine.
+        """
+        if self._silent_s() > _SILENCE_S:
+            atexit.unregister(ray.shutdown)  # it would wait for the head
+            raise Fatal(self._sentence())
+        if not self._is_home_alive:
+            raise Fatal("Ray has ended on this machine under the run." + _AGAIN)
+
+    def leave(self) -> None:
+        """Ask no more. A head that is gone is still to be watched: others may wait for it."""
+        if self._silent_s() <= _SILENCE_S:
+            self._is_over.set()
+
+    def _silent_s(self) -> float:
+        return time.monotonic() - self._heard_at
+
+    def _sentence(self) -> str:
+        return f"Ray's head has not answered for {self._silent_s():.0f} s: it is gone." + _AGAIN
+
+    def _ask(self) -> None:
+        while not self._is_over.wait(_HEAD_EVERY_S):
+            with suppress(Exception):  # that it does not answer is known from the time
+                self._is_home_alive = self._home in _living_nodes()
+                self._heard_at = time.monotonic()
+
+    def _have_the_last_word(self) -> None:
+        while not self._is_over.wait(1.0):
+            if self._silent_s() > _SILENCE_S + _LAST_WORD_S:
+                print(f"Error: {self._sentence()}", file=sys.stderr, flush=True)
+                os._exit(2)
 
 
 _LEAVING = threading.Event()
@@ -687,7 +724,8 @@ def _quieten_ray_data() -> None:
     # Every row is a block of its own: a part goes on to an engine as soon as it is made.
     context.target_max_block_size = 1
     context.custom_execution_callback_classes = [_Leaving]
-    logging.getLogger("ray.data").setLevel(logging.ERROR)
+    # What ends a run is said in our own sentence; Ray Data keeps the traceback in its log file.
+    logging.getLogger("ray.data").setLevel(logging.CRITICAL)
 
 
 def _first_line(error: BaseException) -> str:

@@ -108,6 +108,7 @@ def prepare(
     settings = result_settings(config, revision, engine)
     publish.check_settings(config.out, settings)
     claim()
+    storage.sweep(config.out)
     superseded = publish.settle(config.out)
     if superseded:
         say(f"Removed {superseded} rows that an earlier run had left superseded.")
@@ -284,6 +285,7 @@ def execute(
                     _share(plan, job, placement, console, done, monitor)
     finally:
         distributed.disconnect()
+    storage.sweep(config.out)
     superseded = publish.settle(config.out)
     ended: Ended = "budget" if monitor.stopped else "complete"
     return _finish(plan, placement, done, clock, monitor, superseded=superseded, ended=ended)

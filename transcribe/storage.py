@@ -31,6 +31,7 @@ import os
 import re
 import secrets
 import stat
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
@@ -65,6 +66,9 @@ _ABSENT_ERRNOS = frozenset({errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ENAM
 _FORBIDDEN_ERRNOS = frozenset({errno.EACCES, errno.EPERM})
 
 _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://")
+_TEMPORARY = re.compile(r"\.([0-9a-f]{16}\.tmp|write-check-[0-9a-f]{16})")
+_LOCKED_WITHIN_S = 2.0  # between being made and being locked
+
 _GLOB_SIGNS = re.compile(r"[*?\[]")
 
 
@@ -589,13 +593,34 @@ def _put(uri: str, data: bytes, is_locked: bool = False) -> None:
     try:
         # Not tempfile: it would leave the published file readable by its owner only.
         with temporary.open("xb") as file:
+            with suppress(OSError):  # some network mounts have no locks: `sweep` leaves them alone
+                fcntl.flock(file, fcntl.LOCK_SH)
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
-        with nullcontext() if is_locked else _folder_locked(uri):
-            temporary.replace(path)
+            with nullcontext() if is_locked else _folder_locked(uri):
+                temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def sweep(url: str) -> int:
+    """Remove the temporary files of writers that died below a local folder; returns how many.
+
+    A writer holds a lock on its file, and the lock ends with its process. Buckets have none.
+    """
+    if is_remote(url):
+        return 0
+    n_removed = 0
+    for folder, _, names in os.walk(_local(url)):
+        for name in filter(_TEMPORARY.fullmatch, names):
+            with suppress(OSError), (Path(folder) / name).open("rb") as file:
+                if time.time() - os.fstat(file.fileno()).st_mtime < _LOCKED_WITHIN_S:
+                    continue
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                Path(file.name).unlink()
+                n_removed += 1
+    return n_removed
 
 
 def put_if(uri: str, data: bytes, version: str | None) -> str | None:

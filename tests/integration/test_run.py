@@ -337,4 +337,9 @@ def test_sigterm_ends_a_run_with_one_sentence(tmp_path, write_archive, first_row
     assert stderr.startswith("Error: Told to end (SIGTERM); what is published stays.")
     assert stderr.count("\n") == 1
     assert "Traceback" not in stdout
-    assert not first_rows or rows_of(out)
+    if first_rows:
+        report = the_report(out)
+        assert report["ended"] == "interrupted"
+        assert len(rows_of(out)) == report["recordings"] > 0
+        (log,) = (out / "runs").glob("*/log.txt")
+        assert log.read_text().endswith("interrupted\n")

@@ -5,6 +5,8 @@ from __future__ import annotations
 import errno
 import logging
 import os
+import subprocess
+import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -501,3 +503,40 @@ def test_of_many_local_writers_one_makes_the_object(tmp_path: Path) -> None:
     (winner,) = [n for n, version in enumerate(versions) if version is not None]
     assert storage.read(f"{tmp_path}/claim") == str(winner).encode()
     assert [path.name for path in tmp_path.iterdir()] == ["claim"]
+
+
+def test_what_dead_writers_left_is_swept_and_nothing_else(tmp_path: Path) -> None:
+    """A child is killed between writing and renaming; another still writes."""
+    script = (
+        "import os, sys, time; from transcribe import storage;"
+        "os.fsync = lambda fd: (print('written', flush=True), time.sleep(600));"
+        "storage.put(sys.argv[1], b'x')"
+    )
+    folder = tmp_path / "runs" / "r"
+    children = [
+        subprocess.Popen(
+            [sys.executable, "-c", script, str(folder / name)], stdout=subprocess.PIPE, text=True
+        )
+        for name in ("killed.json", "alive.json")
+    ]
+    try:
+        for child in children:
+            assert child.stdout is not None
+            assert child.stdout.readline() == "written\n"
+        killed, _ = children
+        killed.kill()
+        killed.wait()
+        for path in folder.iterdir():
+            os.utime(path, (0, 0))
+        (folder / "report.json").write_text("{}")
+        (folder / ".hidden").write_text("the user's")
+        (tmp_path / f".write-check-{'ab' * 8}").touch()
+        os.utime(tmp_path / f".write-check-{'ab' * 8}", (0, 0))
+        assert storage.sweep(str(tmp_path)) == 2
+        left = sorted(path.name for path in tmp_path.rglob("*") if path.is_file())
+
+        assert len(left) == 3 and {".hidden", "report.json"} < set(left)
+    finally:
+        for child in children:
+            child.kill()
+            child.wait()
