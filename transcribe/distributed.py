@@ -815,8 +815,8 @@ def _decode(row: _Row, job: Job, watch: Any) -> Iterator[_Row]:
 
     while is_more:
         is_more = False  # unless the next part says otherwise
-        decoded = _watched(watch, "decode", shard.shard_id, shard.duration_s, next_part)
-        yield {"decoded": decoded}
+        # Not by a name of ours, which would hold it while the next part grows.
+        yield {"decoded": _watched(watch, "decode", shard.shard_id, shard.duration_s, next_part)}
 
 
 class _Recogniser:
