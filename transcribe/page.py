@@ -338,10 +338,10 @@ h2 { font-size: 1.05rem; margin: 0 0 .15rem; }
 .sub { color: #5b6475; margin: .2rem 0 1.4rem; overflow-wrap: anywhere; }
 .verdict { background: #fff; border-left: 4px solid #2f6fde; border-radius: 6px;
   padding: .8rem 1rem; margin: 0 0 1.2rem; font-size: 1.05rem; }
-.tiles { display: grid; grid-template-columns: repeat(auto-fit, minmax(9rem, 1fr)); gap: .8rem;
+.tiles { display: grid; grid-template-columns: repeat(auto-fit, minmax(11rem, 1fr)); gap: .8rem;
   margin-bottom: 1.2rem; }
 .tile { background: #fff; border-radius: 8px; padding: .8rem 1rem; }
-.tile b { display: block; font-size: 1.45rem; line-height: 1.25; white-space: nowrap; }
+.tile b { display: block; font-size: 1.4rem; line-height: 1.25; }
 .tile span { color: #5b6475; font-size: .82rem; line-height: 1.3; display: block; }
 section { background: #fff; border-radius: 8px; padding: 1rem 1.2rem; margin-bottom: 1.2rem; }
 .note { color: #5b6475; font-size: .88rem; margin: 0 0 .6rem; }
