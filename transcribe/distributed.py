@@ -66,6 +66,7 @@ _LEAVE_S = 3.0
 _HEAD_EVERY_S = 2.0
 _SILENCE_S = 30.0
 _LAST_WORD_S = 20.0
+_WATCH_SILENCE_S = 120.0
 _STANDSTILL_S = 300.0  # a new machine installs the job's packages first
 _LOADS_IN_VAIN = 4  # for each engine
 
@@ -421,7 +422,7 @@ class Round:
         self._thread = threading.Thread(target=self._drain, args=(dataset,), daemon=True)
         self._is_over = False
         self._asked_at = 0.0
-        self._changed_at = time.monotonic()
+        self._changed_at = self._heard_at = time.monotonic()
         self._head = _Head()
         self._look = Look()
 
@@ -541,7 +542,10 @@ class Round:
         self._head.check()
         look: Look | None = self._call("look")
         if look is None:
+            if now - self._heard_at > _WATCH_SILENCE_S:
+                raise Fatal("The process that watches over the workers is stuck." + _AGAIN)
             return False
+        self._heard_at = now
         if look.events != self._look.events or look.at_work:
             self._changed_at = now
         self._look = look
