@@ -62,7 +62,7 @@ def recognise_part(decoded, engine, job):
     return real_recognise_part(decoded, engine, job)
 
 
-def results(function, args, limits):
+def results(function, args, limits, *anything):
     """In this process: whole children are `tests/integration/test_poison.py`'s matter."""
     return function(*args)
 

@@ -93,7 +93,10 @@ def undisturbed(archive, tmp_path_factory):
         job = pipeline.Job(config, plan.run_id, "fake", "fake", plan.config_fingerprint, "cpu")
         list(pipeline.run_shards(plan.shards, job, FakeEngine()))
         publish_duplicates(plan.duplicates, str(out), plan.run_id)
-    return rows_of(out)
+    rows = rows_of(out)
+    counts = Counter(row["error_kind"] or row["status"] for row in rows)
+    assert counts == {"ok": N_RECORDINGS - 2, "empty": 1, "not_audio": 1}
+    return rows
 
 
 def rows_of(out):
