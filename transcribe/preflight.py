@@ -164,7 +164,7 @@ def node_facts(model: str, engine: EngineName | None, has_gpu: bool) -> NodeFact
         },
         model=revision,
         model_found=found,
-        gpu=_gpu_problem() if has_gpu else None,
+        gpu=_gpu_problem() if has_gpu and not is_fake(model) else None,
         clock=time.time(),
         free_disk=shutil.disk_usage(tempfile.gettempdir()).free,
     )
@@ -223,7 +223,8 @@ def cluster_checks(nodes: list[Node]) -> Iterator[Check]:
 
 def _node_checks(node: Node, here: Mapping[str, str]) -> Iterator[Check]:
     if isinstance(node.facts, str):
-        yield Check(node.name, "failure", node.facts, "look at the machine, or remove it")
+        # A spot machine may have gone since it was listed; a job can do without it.
+        yield Check(node.name, "warning", node.facts, "look at it if it is still there")
         return
     facts = node.facts
     yield _versions_check(node.name, facts.versions, here)

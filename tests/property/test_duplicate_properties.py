@@ -50,7 +50,7 @@ def no_vad():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(listen, "FrameJudge", HearsEverything)
         # In this process, where the judge is replaced.
-        patch.setattr(isolation, "results", lambda function, args, limits: function(*args))
+        patch.setattr(isolation, "results", lambda function, args, limits, load: function(*args))
         yield
 
 
