@@ -16,6 +16,7 @@ from tests import whisper_reference
 from transcribe.engines.lanes import Lane, Replay
 from transcribe.engines.whisper_decoding import SlotDecoder, Vocabulary
 
+
 @pytest.fixture(autouse=True, scope="module")
 def one_thread():
     """Steps this small only wait for a second one."""
