@@ -41,6 +41,8 @@ def engine_of(path: Path, name: str, wanted: EngineName | None = None) -> Engine
         _check_safetensors(path, name)
         found = _transformers_engine(config, name)
         _check_companions(path, name, found)
+    if wanted == "whisper-int8" and found.startswith("whisper"):
+        return wanted  # reads either format
     if wanted is not None and wanted != found:
         raise Fatal(_wrong_engine(name, wanted, found))
     return found

@@ -80,8 +80,8 @@ _Model = Annotated[
 _Engine = Annotated[
     str | None,
     typer.Option(
-        help="What runs the model: `whisper-ctranslate2`, `whisper-transformers` or"
-        " `ctc-transformers`; left out, the model's own files decide."
+        help="What runs the model: `whisper-int8` (CPU), `whisper-ctranslate2`,"
+        " `whisper-transformers` or `ctc-transformers`; left out, its files and the device decide."
     ),
 ]
 _Lm = Annotated[

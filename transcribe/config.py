@@ -18,7 +18,9 @@ from transcribe.languages import LANGUAGES
 ChannelMode = Literal["auto", "split", "mix"]
 Device = Literal["auto", "cpu", "cuda"]
 Task = Literal["transcribe", "translate"]
-EngineName = Literal["whisper-ctranslate2", "whisper-transformers", "ctc-transformers"]
+EngineName = Literal[
+    "whisper-int8", "whisper-ctranslate2", "whisper-transformers", "ctc-transformers"
+]
 
 EMBEDDED_MODEL = "whisper-base"
 

@@ -52,7 +52,12 @@ def engine_for(model: Model, config: RunConfig, device: str) -> Engine:
     from transcribe.engines.whisper import load_whisper
 
     return load_whisper(
-        model, device=device, language=config.language, task=config.task, words=config.words
+        model,
+        device=device,
+        engine=config.engine,
+        language=config.language,
+        task=config.task,
+        words=config.words,
     )
 
 

@@ -1,8 +1,8 @@
 """Whisper, whatever runs it: languages, padding, batches, retries and word times.
 
 Owns everything about recognising with a Whisper checkpoint but the arithmetic of its layers,
-which a `WhisperRuntime` does (`whisper_ct2.py`, `whisper_torch.py`). Knows nothing of
-recordings or files.
+which a `WhisperRuntime` does (`whisper_int8.py`, `whisper_ct2.py`, `whisper_torch.py`). Knows
+nothing of recordings or files.
 
 What makes it fast (docs/decisions.md): the encoder hears only a window's own length class,
 speech and a second, instead of 30 s; the rest of its output is taken from an encoding of
@@ -21,8 +21,9 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from transcribe.config import Task
+from transcribe.config import EngineName, Task
 from transcribe.decode import SAMPLE_RATE
+from transcribe.engines import int8
 from transcribe.engines.base import (
     VOTERS_PER_CHANNEL,
     EngineInput,
@@ -33,6 +34,7 @@ from transcribe.engines.base import (
 from transcribe.engines.fitting import Fitting
 from transcribe.engines.whisper_tokens import WhisperTokens, compression_ratio, says_twice
 from transcribe.engines.whisper_words import Alignment, timed_segments
+from transcribe.errors import Fatal
 from transcribe.models import Model
 
 Samples = npt.NDArray[np.int16]
@@ -86,8 +88,7 @@ class Generated:
 class WhisperRuntime(Protocol):
     """A loaded checkpoint: the arithmetic, and nothing else.
 
-    It counts `features_s` of `work`, `encoder_s` of what it encodes later than in `encode`, and
-    `token_slots` if its batches change while they are decoded; whoever calls it counts the rest.
+    It counts `features_s` of `work`; whoever calls it counts the rest.
     """
 
     work: EngineWork
@@ -100,8 +101,8 @@ class WhisperRuntime(Protocol):
         """Encoder output of each window, silence behind its padded samples up to 30 s."""
         ...
 
-    def language_probabilities(self, encoded: Sequence[Encoded]) -> list[dict[str, float]]:
-        """For each window, the probability of each language token (`<|en|>`)."""
+    def language_probabilities(self, encoded: Encoded) -> dict[str, float]:
+        """Probability of each language token (`<|en|>`)."""
         ...
 
     def generate(
@@ -144,16 +145,19 @@ def load_whisper(
     model: Model,
     *,
     device: str = "cpu",
+    engine: EngineName | None = None,
     language: str | None = None,
     task: Task = "transcribe",
     words: bool = False,
     threads: int = 1,
 ) -> Whisper:
-    """Load a Whisper checkpoint into the runtime that `model.engine` names.
+    """Load a Whisper checkpoint into the runtime that is fastest here, or that was asked for.
 
     Args:
         model: the weights.
         device: `cpu` or `cuda`.
+        engine: the runtime; None takes eight bits of our own on a CPU that is made for them,
+            and else what the files are for (`model.engine`).
         language: code of all speech; None detects it for each recording.
         task: transcribe, or translate into English.
         words: whether words get their own times.
@@ -162,17 +166,30 @@ def load_whisper(
     Raises:
         Fatal: the checkpoint cannot be loaded, or cannot do what is asked.
     """
-    runtime: WhisperRuntime
+    runtime = _load_runtime(model, device, engine, threads)
+    tokens = WhisperTokens.load(model.path, runtime.is_multilingual)
+    return Whisper(runtime, tokens, language=language, task=task, words=words)
+
+
+def _load_runtime(
+    model: Model, device: str, engine: EngineName | None, threads: int
+) -> WhisperRuntime:
+    if engine in (None, "whisper-int8") and device == "cpu" and int8.is_supported():
+        from transcribe.engines.whisper_int8 import Int8Runtime
+
+        return Int8Runtime(model, threads=threads)
+    if engine == "whisper-int8":
+        raise Fatal(
+            "--engine whisper-int8 needs --device cpu and a CPU with VNNI instructions;"
+            " leave --engine out."
+        )
     if model.engine == "whisper-transformers":
         from transcribe.engines.whisper_torch import TorchRuntime
 
-        runtime = TorchRuntime(model, device=device, threads=threads)
-    else:
-        from transcribe.engines.whisper_ct2 import CTranslate2Runtime
+        return TorchRuntime(model, device=device, threads=threads)
+    from transcribe.engines.whisper_ct2 import CTranslate2Runtime
 
-        runtime = CTranslate2Runtime(model, device=device, threads=threads)
-    tokens = WhisperTokens.load(model.path, runtime.is_multilingual)
-    return Whisper(runtime, tokens, language=language, task=task, words=words)
+    return CTranslate2Runtime(model, device=device, threads=threads)
 
 
 class Whisper:
@@ -271,19 +288,21 @@ class Whisper:
         encoded: dict[int, Encoded],
     ) -> Iterator[tuple[int, Hypothesis]]:
         """Decode the windows at `indices` once; `encoded` may hold some of them already."""
+        # Like with like: windows of one length end together.
+        longest_first = sorted(
+            indices, key=lambda i: -padded_length(windows[i], attempt.full_padding)
+        )
 
         def decode(batch: list[int]) -> list[Hypothesis]:
-            members = [indices[position] for position in batch]
+            members = [longest_first[position] for position in batch]
             outputs = self._encode(windows, members, attempt.full_padding, encoded)
             spoken = [languages[i][0] for i in members]
             prompts = [self._tokens.prompt(language, self._task) for language in spoken]
-            slots_before = self.work.token_slots
             with self._decoding():
                 found = self._runtime.generate(outputs, prompts, attempt.search)
             written = [len(result.ids) + 1 for result in found]
             self.work.tokens += sum(written)
-            if self.work.token_slots == slots_before:
-                self.work.token_slots += len(written) * max(written)
+            self.work.token_slots += len(written) * max(written)
             inputs = [windows[i] for i in members]
             phrased = self._segments(inputs, outputs, spoken, found)
             return [
@@ -292,7 +311,7 @@ class Whisper:
             ]
 
         for position, hypothesis in self.fitting.over([1] * len(indices), decode):
-            yield indices[position], hypothesis
+            yield longest_first[position], hypothesis
 
     def _encode(
         self,
@@ -316,11 +335,10 @@ class Whisper:
 
     @contextmanager
     def _decoding(self) -> Iterator[None]:
-        """Count what is done inside as the decoder's, but for what the runtime encodes there."""
-        started, encoding = time.perf_counter(), self.work.features_s + self.work.encoder_s
+        """Count what is done inside as the decoder's."""
+        started = time.perf_counter()
         yield
-        encoding = self.work.features_s + self.work.encoder_s - encoding
-        self.work.decoder_s += max(0.0, time.perf_counter() - started - encoding)
+        self.work.decoder_s += time.perf_counter() - started
 
     def _segments(
         self,
@@ -386,35 +404,26 @@ class Whisper:
             members = channels.setdefault((window.group, window.channel), [])
             if window.votes:
                 members.append(index)
-        voters = {key: _voters(windows, members) for key, members in channels.items()}
-        told = self._told(windows, [i for some in voters.values() for i in some], encoded)
-        votes = {
-            key: sum((told[i] for i in some), start=LanguageVote({}, 0))
-            for key, some in voters.items()
-        }
+        votes = {key: self._vote(windows, members, encoded) for key, members in channels.items()}
         decided = decide_languages(votes)
         return [decided[window.group, window.channel] for window in windows]
 
-    def _told(
-        self, windows: Sequence[EngineInput], indices: list[int], encoded: dict[int, Encoded]
-    ) -> dict[int, LanguageVote]:
-        """The word of each window at `indices`, asked together.
+    def _vote(
+        self, windows: Sequence[EngineInput], members: Sequence[int], encoded: dict[int, Encoded]
+    ) -> LanguageVote:
+        """The word of the longest windows, which hold the most speech.
 
         What was encoded for it is kept in `encoded`, so that it is not done twice.
         """
-        outputs = self._encode(windows, indices, False, encoded)
-        encoded.update(zip(indices, outputs, strict=True))
-        with self._decoding():
-            told = self._runtime.language_probabilities(outputs)
-        return {
-            i: LanguageVote.of(probabilities, len(windows[i].samples))
-            for i, probabilities in zip(indices, told, strict=True)
-        }
-
-
-def _voters(windows: Sequence[EngineInput], members: Sequence[int]) -> list[int]:
-    """The longest windows of a channel, which hold the most speech."""
-    return sorted(members, key=lambda i: -len(windows[i].samples))[:VOTERS_PER_CHANNEL]
+        voters = sorted(members, key=lambda i: -len(windows[i].samples))
+        vote = LanguageVote({}, 0)
+        for index in voters[:VOTERS_PER_CHANNEL]:
+            (output,) = self._encode(windows, [index], False, encoded)
+            encoded[index] = output
+            with self._decoding():
+                told = self._runtime.language_probabilities(output)
+            vote = vote + LanguageVote.of(told, len(windows[index].samples))
+        return vote
 
 
 @dataclass(frozen=True, slots=True)

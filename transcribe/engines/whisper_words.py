@@ -16,6 +16,8 @@ from transcribe.engines.base import HypothesisSegment, HypothesisWord
 from transcribe.engines.whisper_tokens import Phrase, WhisperTokens
 from transcribe.engines.word_edges import sharpened
 
+_MEDIAN_FILTER_FRAMES = 7
+
 
 @dataclass(frozen=True, slots=True)
 class Alignment:
@@ -93,6 +95,35 @@ def token_starts(path: Sequence[tuple[int, int]], n_tokens: int, frame_s: float)
             starts.append(frame * frame_s)
     last = path[-1][1] * frame_s if path else 0.0
     return (starts + [last] * n_tokens)[:n_tokens]
+
+
+def attention_path(weights: npt.NDArray[np.float32]) -> list[tuple[int, int]]:
+    """Where tokens look: attention normalised over tokens, smoothed over frames, averaged, warped.
+
+    As in Whisper's word timestamps.
+
+    Args:
+        weights: attention of the alignment heads, `[n_heads, n_tokens, n_frames]`.
+
+    Returns:
+        (token, frame) pairs; see `time_warping_path`.
+    """
+    mean = weights.mean(axis=-2, keepdims=True)
+    std = weights.std(axis=-2, keepdims=True)
+    normal = (weights - mean) / np.maximum(std, 1e-6)
+    return time_warping_path(_median_filter(normal).mean(axis=0))
+
+
+def _median_filter(weights: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+    """Running median over the last axis, edges mirrored; short inputs stay as they are."""
+    half = _MEDIAN_FILTER_FRAMES // 2
+    if weights.shape[-1] <= half:
+        return weights
+    edges = [(0, 0)] * (weights.ndim - 1) + [(half, half)]
+    padded = np.pad(weights, edges, mode="reflect")
+    windows = np.lib.stride_tricks.sliding_window_view(padded, _MEDIAN_FILTER_FRAMES, axis=-1)
+    filtered: npt.NDArray[np.float32] = np.partition(windows, half, axis=-1)[..., half]
+    return filtered
 
 
 def time_warping_path(scores: npt.NDArray[np.float32]) -> list[tuple[int, int]]:
