@@ -31,6 +31,7 @@ from tests.integration import tiny_ctc
 from transcribe.cli import app
 from transcribe.engines.base import EngineInput
 from transcribe.engines.ctc import CTC
+from transcribe.engines.fitting import Fitting
 from transcribe.errors import Fatal
 from transcribe.models import Model
 from transcribe.score import score_texts
@@ -201,11 +202,14 @@ def random_engine(request, checkpoint, tmp_path_factory) -> CTC:
 
 
 def test_a_window_reads_the_same_alone_and_in_any_batch(random_engine, monkeypatch) -> None:
+    """Also while the batch after it is being heard, and with rows of silence, as on a GPU."""
     rng = np.random.default_rng(5)
     lengths = [3_000, 16_000, 16_001, 20_000, 23_999, 24_000, 47_000, 1]
     windows = [EngineInput(rng.integers(-9_000, 9_000, n, dtype=np.int16), 0) for n in lengths]
     alone = [random_engine.recognise([window])[0] for window in windows]
-    monkeypatch.setattr("transcribe.engines.ctc._BATCH_SAMPLES", {"cpu": 10**9})
+    monkeypatch.setattr(random_engine, "fitting", Fitting(10**9))
+    monkeypatch.setattr(random_engine, "_batches_ahead", 1)
+    monkeypatch.setattr("transcribe.engines.ctc._row_bucket", lambda n_windows, _: n_windows + 3)
     together = random_engine.recognise(windows)
     assert len(together) == len(windows)
     assert [h.text for h in together] == [h.text for h in alone]
@@ -266,13 +270,15 @@ def test_a_language_model_decides_what_the_sound_leaves_open(
     ]
     letters = tiny_ctc.VOCABULARY
     frames = torch.full((1, 12, len(letters)), -12.0)
+    silence = EngineInput(np.zeros(4_000, dtype=np.int16), 0)
     for at, spelled in enumerate(["n", "o", "i", "n", "n", "e", "e"]):  # nine, or nearly one
         frames[0, at, letters[spelled]] = -1.0
     for at in range(12):
         frames[0, at, letters["<pad>"]] = -1.3 if at < 7 else -0.01
     texts = []
     for engine in engines:
-        monkeypatch.setattr(engine, "_log_probs", lambda *_: (frames.log_softmax(-1), [12]))
-        texts.append(engine.recognise([EngineInput(np.zeros(4_000, dtype=np.int16), 0)])[0].text)
+        monkeypatch.setattr(engine, "_of_waveforms", lambda *_: frames)
+        monkeypatch.setattr(engine, "_n_frames", lambda _: [12])
+        texts.append(engine.recognise([silence])[0].text)
     assert texts[0] != texts[1]
     assert texts[1] == "one"

@@ -15,10 +15,12 @@ from typer.testing import CliRunner
 
 from jobs.benchmark.weights import make_transformers_checkpoint
 from jobs.sample_archive import SYNTH_RATE, speak
+from tests import whisper_reference
 from transcribe.cli import app
 from transcribe.decode import decode
 from transcribe.engines.base import EngineInput
 from transcribe.engines.whisper import Search, Whisper, load_whisper
+from transcribe.engines.whisper_decoding import MAX_NEW_TOKENS, Vocabulary
 from transcribe.models import resolve
 from transcribe.score import score_texts
 
@@ -138,6 +140,22 @@ def test_words_stand_where_they_were_said(engines, engine) -> None:
 def test_a_window_reads_the_same_alone_and_in_any_batch(engines, windows, heard) -> None:
     alone = [engines["transformers"].recognise([w])[0].text for w in windows]
     assert alone == [h.text for h in heard["transformers"]]
+
+
+def test_greedy_texts_are_those_of_transformers(engines, windows, heard) -> None:
+    """Real speech, real weights: our slots against transformers' search on the same encodings."""
+    engine = engines["transformers"]
+    runtime, prompt = engine._runtime, engine._tokens.prompt("en")
+    encoded = runtime.encode([w.samples for w in windows], [30 * 16_000] * len(windows))
+    found = runtime.generate(encoded, [prompt] * len(windows), Search())
+    told = Vocabulary.of(engine._tokens, runtime._model.generation_config.suppress_tokens)
+    for one, generated in zip(encoded, found, strict=True):
+        ids, total, silent = whisper_reference.greedy(
+            runtime._model, told, one.output, prompt, MAX_NEW_TOKENS
+        )
+        assert generated.ids == ids
+        assert generated.avg_logprob == pytest.approx(total / (len(ids) + 1), abs=1e-4)
+        assert generated.no_speech_prob == pytest.approx(silent, rel=1e-2, abs=1e-6)
 
 
 def test_retries_search_with_beams(engines, windows) -> None:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import itertools
 import time
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,6 +33,7 @@ from transcribe.engines.base import (
     HypothesisWord,
 )
 from transcribe.engines.fitting import Fitting
+from transcribe.engines.lanes import Lane, Mark, Replay, on_host, to_device
 from transcribe.engines.whisper_tokens import compression_ratio
 from transcribe.engines.word_edges import sharpened
 from transcribe.errors import Fatal
@@ -42,11 +44,14 @@ from transcribe.models import Model
 _LENGTH_CLASS = SAMPLE_RATE // 2
 # On a CPU batches of one are the fastest: the activations stay in the cache.
 _BATCH_SAMPLES = {"cpu": 1, "cuda": 16 * 30 * SAMPLE_RATE}
+_MOST_GRAPHS = 96  # each keeps its input on the device, and its network's activations are shared
 # A pause between words that ends a segment.
 _PHRASE_PAUSE_S = 0.6
 _MAX_BEYOND_PEAK_S = 0.15
 _PRIVATE_USE = 0xE000  # Unicode characters that mean nothing
 _SUBWORD_START = "▁"  # SentencePiece's mark of a word's first token
+
+_Samples = npt.NDArray[np.int16]
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,6 +62,72 @@ class _Token:
     first: int
     end: int
     logprob: float
+
+
+@dataclass(slots=True)
+class _Begun:
+    """A batch that the device is busy with; the tensors are on the host, filled when `ready`.
+
+    Attributes:
+        n_valid: frames that stand for each window's own sound.
+        ids, best: likeliest token of each frame and its log-probability, `[n_windows, n_frames]`.
+        log_probs: of all tokens, if somebody needs them, `[n_windows, n_frames, n_tokens]`.
+    """
+
+    windows: Sequence[_Samples]
+    n_valid: list[int]
+    ids: Tensor
+    best: Tensor
+    log_probs: Tensor | None
+    ready: Mark | None
+
+
+class _Waveforms:
+    """A network that takes waveforms, on fixed buffers of one shape: one CUDA graph."""
+
+    def __init__(
+        self, model: Any, extractor: Any, has_mask: bool, shape: tuple[int, int], lane: Lane
+    ) -> None:
+        n_rows, length = shape
+        self._model = model
+        self._has_mask = has_mask
+        self._normalises = bool(getattr(extractor, "do_normalize", False))
+        self._device = str(model.device)
+        self._dtype = next(model.parameters()).dtype
+        self._samples = torch.zeros(n_rows, length, dtype=torch.int16, device=self._device)
+        self._lengths = torch.zeros(n_rows, dtype=torch.int64, device=self._device)
+        self._axis = torch.arange(length, device=self._device)
+        self._logits: Tensor | None = None
+        self._replay = Replay(self._hear, lane)
+
+    def __call__(self, windows: Sequence[_Samples]) -> Tensor:
+        """Logits `[n_rows, n_frames, n_tokens]`; rows without a window hear silence."""
+        told = torch.zeros(self._samples.shape, dtype=torch.int16)
+        for row, samples in zip(told.numpy(), windows, strict=False):
+            row[: len(samples)] = samples
+        lengths = torch.zeros(len(told), dtype=torch.int64)
+        lengths[: len(windows)] = torch.tensor([len(samples) for samples in windows])
+        self._samples.copy_(to_device(told, self._device))
+        self._lengths.copy_(to_device(lengths, self._device))
+        self._replay()
+        assert self._logits is not None
+        return self._logits
+
+    def _hear(self) -> None:
+        """Each window normalised by itself and padded with zeros, then the network."""
+        own = self._axis < self._lengths[:, None]
+        values = self._samples.float() * (1 / 32768)
+        if self._normalises:  # as Wav2Vec2FeatureExtractor does
+            n = self._lengths.clamp(min=1)[:, None]
+            values = (values - values.sum(dim=1, keepdim=True) / n) * own
+            values = values / (values.square().sum(dim=1, keepdim=True) / n + 1e-7).sqrt()
+        masked = {"attention_mask": own.long()} if self._has_mask else {}
+        self._logits = self._model(values.to(self._dtype), **masked).logits
+
+
+def _row_bucket(n_windows: int, lane: Lane) -> int:
+    """Rows that a batch is given: few different numbers where each costs a graph."""
+    return 1 << (n_windows - 1).bit_length() if lane.is_cuda else n_windows
 
 
 class CTC:
@@ -94,6 +165,10 @@ class CTC:
         self._extractor, self._tokenizer = _load_processor(model)
         self._takes_waveform = self._model.main_input_name == "input_values"
         self._has_mask = bool(getattr(self._extractor, "return_attention_mask", False))
+        self._dtype: torch.dtype = next(self._model.parameters()).dtype
+        self._lane = Lane(device)
+        self._batches_ahead = 1 if self._lane.is_cuda else 0
+        self._networks: dict[tuple[int, int], _Waveforms] = {}
         self._frame_s = self._seconds_per_frame()
         self._vocabulary = _Vocabulary.of(self._tokenizer, self._model.config, model)
         self._decoder = None
@@ -102,74 +177,78 @@ class CTC:
 
     def recognise(self, windows: Sequence[EngineInput]) -> list[Hypothesis]:
         """One hypothesis per window, in order (see `Engine`)."""
-        wanted = [i for i, window in enumerate(windows) if window.is_wanted]
-        lengths = [_padded_length(len(windows[i].samples)) for i in wanted]
+        lengths = [_padded_length(len(window.samples)) for window in windows]
+        heard: dict[int, Hypothesis] = {}
+        begun: deque[tuple[list[int], _Begun]] = deque()
 
-        def hear(batch: list[int]) -> list[Hypothesis]:
-            return self._hear([windows[wanted[i]].samples for i in batch], lengths[batch[0]])
+        def finish() -> None:
+            batch, frames = begun.popleft()
+            heard.update(zip(batch, self._read(frames), strict=True))
 
-        heard = {wanted[i]: made for i, made in self.fitting.over(lengths, hear)}
-        return [heard.get(i, Hypothesis(())) for i in range(len(windows))]
+        def hear(batch: list[int]) -> list[int]:
+            """Read the batch before this one while the device is busy with this one."""
+            frames = self._begin([windows[i].samples for i in batch], lengths[batch[0]])
+            begun.append((batch, frames))
+            if len(begun) > self._batches_ahead:
+                finish()
+            return batch
+
+        for _ in self.fitting.over(lengths, hear):
+            pass
+        while begun:
+            finish()
+        return [heard[i] for i in range(len(windows))]
+
+    # ---- sound -> frames ----------------------------------------------------------------
 
     @torch.inference_mode()
-    def _hear(self, windows: Sequence[npt.NDArray[np.int16]], length: int) -> list[Hypothesis]:
-        log_probs, n_frames = self._log_probs(windows, length)
+    def _begin(self, windows: Sequence[_Samples], length: int) -> _Begun:
+        """Have the device hear a batch and bring back what is needed of it; does not wait."""
+        started = time.perf_counter()
+        with self._lane.entered():
+            if self._takes_waveform:
+                logits = self._of_waveforms(windows, length)
+                valid = self._n_frames(torch.tensor([len(samples) for samples in windows]))
+            else:
+                logits, mask = self._of_features(windows)
+                valid = self._n_frames(mask.sum(dim=-1))
+            log_probs = logits[: len(windows)].float()
+            best, ids = log_probs.max(dim=-1)
+            scale = log_probs.logsumexp(dim=-1)
+            frames = _Begun(windows, valid, on_host(ids), on_host(best), None, None)
+            frames.ids.copy_(ids, non_blocking=True)
+            frames.best.copy_(best - scale, non_blocking=True)
+            if self._words or self._decoder is not None:
+                frames.log_probs = on_host(log_probs)
+                frames.log_probs.copy_(log_probs - scale[..., None], non_blocking=True)
+            frames.ready = self._lane.mark()
         self.work.heard_samples += sum(map(len, windows))
         self.work.padded_samples += len(windows) * length
+        self.work.encoder_s += time.perf_counter() - started
+        return frames
+
+    def _of_waveforms(self, windows: Sequence[_Samples], length: int) -> Tensor:
+        """Logits `[at least n_windows, n_frames, n_tokens]`, good until the next call."""
+        shape = (_row_bucket(len(windows), self._lane), length)
+        network = self._networks.get(shape)
+        if network is None:
+            network = _Waveforms(self._model, self._extractor, self._has_mask, shape, self._lane)
+            if self._lane.is_cuda and len(self._networks) < _MOST_GRAPHS:
+                self._networks[shape] = network
+        return network(windows)
+
+    def _of_features(self, windows: Sequence[_Samples]) -> tuple[Tensor, Tensor]:
+        """Logits, and on the host the mask of the features that were heard."""
         started = time.perf_counter()
-        best, ids = log_probs.max(dim=-1)
-        hypotheses = []
-        for i, samples in enumerate(windows):
-            own = log_probs[i, : n_frames[i]]
-            if self._decoder is not None:
-                tokens = self._with_language_model(own)
-            else:
-                tokens = self._collapse(
-                    ids[i, : n_frames[i]].tolist(), best[i, : n_frames[i]].tolist()
-                )
-                if self._words:
-                    tokens = _force_aligned(own, [t.id for t in tokens], self._vocabulary.blank)
-            hypotheses.append(self._hypothesis(tokens, samples))
-        self.work.decoder_s += time.perf_counter() - started
-        return hypotheses
+        values, mask = self._features(windows)
+        self.work.features_s += time.perf_counter() - started
+        values = to_device(values, self.device).to(self._dtype)
+        return self._model(values, attention_mask=to_device(mask, self.device)).logits, mask
 
-    def _log_probs(
-        self, windows: Sequence[npt.NDArray[np.int16]], length: int
-    ) -> tuple[Tensor, list[int]]:
-        """Log-probabilities `[n_windows, n_frames, n_tokens]` and each window's own frames."""
-        started = time.perf_counter()
-        floats = [np.multiply(samples, 1 / 32768, dtype=np.float32) for samples in windows]
-        prepare = self._waveforms if self._takes_waveform else self._features
-        values, mask = prepare(floats, length)
-        masked = {} if mask is None else {"attention_mask": mask.to(self.device)}
-        dtype = next(self._model.parameters()).dtype
-        between = time.perf_counter()
-        logits = self._model(values.to(self.device, dtype), **masked).logits
-        lengths = self._n_valid(floats, mask)
-        n_frames = [max(0, min(int(n), logits.shape[1])) for n in lengths]
-        log_probs = logits.float().log_softmax(dim=-1)
-        self.work.features_s += between - started
-        self.work.encoder_s += time.perf_counter() - between
-        return log_probs, n_frames
-
-    def _waveforms(
-        self, windows: Sequence[npt.NDArray[np.float32]], length: int
-    ) -> tuple[Tensor, Tensor | None]:
-        """Windows normalised each by itself and padded with zeros: `[n_windows, length]`."""
-        values = torch.zeros(len(windows), length)
-        mask = torch.zeros(len(windows), length, dtype=torch.long)
-        for i, samples in enumerate(windows):
-            if len(samples):
-                extracted = self._extractor(samples, sampling_rate=SAMPLE_RATE)["input_values"][0]
-                values[i, : len(samples)] = torch.as_tensor(np.asarray(extracted))
-            mask[i, : len(samples)] = 1
-        return values, mask if self._has_mask else None
-
-    def _features(
-        self, windows: Sequence[npt.NDArray[np.float32]], length: int
-    ) -> tuple[Tensor, Tensor | None]:
+    def _features(self, windows: Sequence[_Samples]) -> tuple[Tensor, Tensor]:
         """Spectral features and their mask, as the checkpoint's own extractor makes them."""
-        least = [np.pad(s, (0, max(0, SAMPLE_RATE // 10 - len(s)))) for s in windows]
+        floats = [np.multiply(samples, 1 / 32768, dtype=np.float32) for samples in windows]
+        least = [np.pad(s, (0, max(0, SAMPLE_RATE // 10 - len(s)))) for s in floats]
         made = self._extractor(
             least,
             sampling_rate=SAMPLE_RATE,
@@ -179,28 +258,46 @@ class CTC:
         )
         return made["input_features"], made["attention_mask"].long()
 
-    def _n_valid(
-        self, windows: Sequence[npt.NDArray[np.float32]], mask: Tensor | None
-    ) -> list[int]:
-        """Frames of the output that stand for each window's own sound."""
-        if self._takes_waveform:
-            lengths = torch.tensor([len(samples) for samples in windows])
-        else:
-            assert mask is not None
-            lengths = mask.sum(dim=-1).cpu()
-        family = self._model
-        count = getattr(family, "_get_feat_extract_output_lengths", None)
-        count = count or family._get_subsampling_output_length
+    def _n_frames(self, lengths: Tensor) -> list[int]:
+        """Frames of the output that stand for so many samples, or features, of the input."""
+        count = getattr(self._model, "_get_feat_extract_output_lengths", None)
+        count = count or self._model._get_subsampling_output_length
         valid: list[int] = count(lengths).tolist()
         return valid
 
     def _seconds_per_frame(self) -> float:
         """Measured on ten seconds: strides differ between families and their feature rates."""
-        silence = [np.zeros(10 * SAMPLE_RATE, dtype=np.float32)]
-        mask = None if self._takes_waveform else self._features(silence, 0)[1]
-        return 10.0 / self._n_valid(silence, mask)[0]
+        n_samples = 10 * SAMPLE_RATE
+        if self._takes_waveform:
+            lengths = torch.tensor([n_samples])
+        else:
+            lengths = self._features([np.zeros(n_samples, dtype=np.int16)])[1].sum(dim=-1)
+        return 10.0 / self._n_frames(lengths)[0]
 
     # ---- frames -> tokens ---------------------------------------------------------------
+
+    def _read(self, frames: _Begun) -> list[Hypothesis]:
+        """What the device has heard, once it has."""
+        waited = time.perf_counter()
+        assert frames.ready is not None
+        frames.ready.wait()
+        started = time.perf_counter()
+        self.work.encoder_s += started - waited
+        hypotheses = []
+        for i, samples in enumerate(frames.windows):
+            n = max(0, min(frames.n_valid[i], frames.ids.shape[1]))
+            if self._decoder is not None:
+                assert frames.log_probs is not None
+                tokens = self._with_language_model(frames.log_probs[i, :n])
+            else:
+                tokens = self._collapse(frames.ids[i, :n].tolist(), frames.best[i, :n].tolist())
+                if self._words:
+                    assert frames.log_probs is not None
+                    spoken = [token.id for token in tokens]
+                    tokens = _force_aligned(frames.log_probs[i, :n], spoken, self._vocabulary.blank)
+            hypotheses.append(self._hypothesis(tokens, samples))
+        self.work.decoder_s += time.perf_counter() - started
+        return hypotheses
 
     def _collapse(self, ids: Sequence[int], logprobs: Sequence[float]) -> list[_Token]:
         """Greedy path -> tokens: runs of one id are one token, blanks are none."""

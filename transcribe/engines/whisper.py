@@ -88,7 +88,8 @@ class Generated:
 class WhisperRuntime(Protocol):
     """A loaded checkpoint: the arithmetic, and nothing else.
 
-    It counts `features_s` of `work`; whoever calls it counts the rest.
+    It counts `features_s` of `work`, `encoder_s` of what it encodes later than in `encode`, and
+    `token_slots` if its batches change while they are decoded; whoever calls it counts the rest.
     """
 
     work: EngineWork
@@ -101,8 +102,8 @@ class WhisperRuntime(Protocol):
         """Encoder output of each window, silence behind its padded samples up to 30 s."""
         ...
 
-    def language_probabilities(self, encoded: Encoded) -> dict[str, float]:
-        """Probability of each language token (`<|en|>`)."""
+    def language_probabilities(self, encoded: Sequence[Encoded]) -> list[dict[str, float]]:
+        """For each window, the probability of each language token (`<|en|>`)."""
         ...
 
     def generate(
@@ -298,11 +299,13 @@ class Whisper:
             outputs = self._encode(windows, members, attempt.full_padding, encoded)
             spoken = [languages[i][0] for i in members]
             prompts = [self._tokens.prompt(language, self._task) for language in spoken]
+            slots_before = self.work.token_slots
             with self._decoding():
                 found = self._runtime.generate(outputs, prompts, attempt.search)
             written = [len(result.ids) + 1 for result in found]
             self.work.tokens += sum(written)
-            self.work.token_slots += len(written) * max(written)
+            if self.work.token_slots == slots_before:
+                self.work.token_slots += len(written) * max(written)
             inputs = [windows[i] for i in members]
             phrased = self._segments(inputs, outputs, spoken, found)
             return [
@@ -335,10 +338,11 @@ class Whisper:
 
     @contextmanager
     def _decoding(self) -> Iterator[None]:
-        """Count what is done inside as the decoder's."""
-        started = time.perf_counter()
+        """Count what is done inside as the decoder's, but for what the runtime encodes there."""
+        started, encoding = time.perf_counter(), self.work.features_s + self.work.encoder_s
         yield
-        self.work.decoder_s += time.perf_counter() - started
+        encoding = self.work.features_s + self.work.encoder_s - encoding
+        self.work.decoder_s += max(0.0, time.perf_counter() - started - encoding)
 
     def _segments(
         self,
@@ -404,26 +408,35 @@ class Whisper:
             members = channels.setdefault((window.group, window.channel), [])
             if window.votes:
                 members.append(index)
-        votes = {key: self._vote(windows, members, encoded) for key, members in channels.items()}
+        voters = {key: _voters(windows, members) for key, members in channels.items()}
+        told = self._told(windows, [i for some in voters.values() for i in some], encoded)
+        votes = {
+            key: sum((told[i] for i in some), start=LanguageVote({}, 0))
+            for key, some in voters.items()
+        }
         decided = decide_languages(votes)
         return [decided[window.group, window.channel] for window in windows]
 
-    def _vote(
-        self, windows: Sequence[EngineInput], members: Sequence[int], encoded: dict[int, Encoded]
-    ) -> LanguageVote:
-        """The word of the longest windows, which hold the most speech.
+    def _told(
+        self, windows: Sequence[EngineInput], indices: list[int], encoded: dict[int, Encoded]
+    ) -> dict[int, LanguageVote]:
+        """The word of each window at `indices`, asked together.
 
         What was encoded for it is kept in `encoded`, so that it is not done twice.
         """
-        voters = sorted(members, key=lambda i: -len(windows[i].samples))
-        vote = LanguageVote({}, 0)
-        for index in voters[:VOTERS_PER_CHANNEL]:
-            (output,) = self._encode(windows, [index], False, encoded)
-            encoded[index] = output
-            with self._decoding():
-                told = self._runtime.language_probabilities(output)
-            vote = vote + LanguageVote.of(told, len(windows[index].samples))
-        return vote
+        outputs = self._encode(windows, indices, False, encoded)
+        encoded.update(zip(indices, outputs, strict=True))
+        with self._decoding():
+            told = self._runtime.language_probabilities(outputs)
+        return {
+            i: LanguageVote.of(probabilities, len(windows[i].samples))
+            for i, probabilities in zip(indices, told, strict=True)
+        }
+
+
+def _voters(windows: Sequence[EngineInput], members: Sequence[int]) -> list[int]:
+    """The longest windows of a channel, which hold the most speech."""
+    return sorted(members, key=lambda i: -len(windows[i].samples))[:VOTERS_PER_CHANNEL]
 
 
 @dataclass(frozen=True, slots=True)

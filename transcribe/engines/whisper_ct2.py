@@ -80,10 +80,13 @@ class CTranslate2Runtime:
         output = self._model.encode(view, to_cpu=self.device != "cpu")
         return np.array(output, dtype=np.float32)
 
-    def language_probabilities(self, encoded: _Encoded) -> dict[str, float]:
+    def language_probabilities(self, encoded: Sequence[_Encoded]) -> list[dict[str, float]]:
         """See `WhisperRuntime`."""
-        view = self._ct2.StorageView.from_array(encoded)
-        return dict(self._model.detect_language(view)[0])
+        told = []
+        for begin in range(0, len(encoded), self.batch_windows):
+            batch = self._batch(encoded[begin : begin + self.batch_windows])
+            told += [dict(row) for row in self._model.detect_language(batch)]
+        return told
 
     def generate(
         self, encoded: Sequence[_Encoded], prompts: Sequence[Sequence[int]], search: Search

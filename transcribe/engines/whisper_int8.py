@@ -83,8 +83,11 @@ class Int8Runtime:
         return encoded
 
     @torch.inference_mode()
-    def language_probabilities(self, encoded: Tensor) -> dict[str, float]:
+    def language_probabilities(self, encoded: Sequence[Tensor]) -> list[dict[str, float]]:
         """See `WhisperRuntime`."""
+        return [self._language_probabilities(output) for output in encoded]
+
+    def _language_probabilities(self, encoded: Tensor) -> dict[str, float]:
         writer = _Writer(self._decoder, [encoded])
         logits = writer.begin([[self._tokens.start_of_transcript]])[0]
         chosen = logits[0, list(self._languages.values())].softmax(dim=0)

@@ -1,13 +1,15 @@
 """Whisper's layers by transformers: any Whisper checkpoint in safetensors.
 
-Owns what is PyTorch's own: loading, precision, the search (transformers'), cross-attention.
-What is done with it is in `whisper.py`. bfloat16 or float16 on a GPU, float32 on CPU.
+Owns what is PyTorch's own: loading, precision, the encoder and how far it works ahead of the
+decoder (`whisper_decoding.py`), beams (transformers'), cross-attention. What is done with it is in
+`whisper.py`. bfloat16 or float16 on a GPU, float32 on CPU.
 """
 
 from __future__ import annotations
 
-import time
+from collections import deque
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -16,6 +18,7 @@ from torch import Tensor
 
 from transcribe.batching import plan_batches
 from transcribe.engines.base import EngineWork
+from transcribe.engines.lanes import Lane, Mark
 from transcribe.engines.log_mel import LogMel
 from transcribe.engines.whisper import (
     FULL_SAMPLES,
@@ -24,14 +27,42 @@ from transcribe.engines.whisper import (
     Samples,
     Search,
 )
+from transcribe.engines.whisper_decoding import (
+    LAST_FIRST_TIMESTAMP,
+    MAX_NEW_TOKENS,
+    SlotDecoder,
+    Vocabulary,
+    slot_bytes,
+)
 from transcribe.engines.whisper_tokens import WhisperTokens
 from transcribe.engines.whisper_words import Alignment, time_warping_path, token_starts
 from transcribe.errors import Fatal
 from transcribe.models import Model
 
-_MAX_NEW_TOKENS = 224  # half of Whisper's text context, as in its reference decoding
-_LAST_FIRST_TIMESTAMP = 50  # text begins in the first second (max_initial_timestamp)
+_WINDOWS_PER_SLOT = 4
+_CPU_SLOTS = 8
+_MOST_SLOTS = 128
+_MEMORY_SHARE_OF_SLOTS = 0.5
+_STEPS_PER_LOOK = 4  # on a GPU; a text is known to be finished 4 to 8 steps late
+# Samples in a batch of the encoder. On a CPU one window at a time is as fast.
+_CHUNK_SAMPLES = {"cpu": 1, "cuda": 16 * FULL_SAMPLES}
+_CHUNKS_AHEAD = {"cpu": 1, "cuda": 2}
 _MEDIAN_FILTER_FRAMES = 7
+
+
+@dataclass(slots=True)
+class Heard:
+    """A window and, once somebody needed it, its encoder output `[1500, d_model]`.
+
+    Attributes:
+        padded: samples that the encoder hears; silence follows up to 30 s.
+        ready: reached when the device has made `output`.
+    """
+
+    samples: Samples
+    padded: int
+    output: Tensor | None = None
+    ready: Mark | None = None
 
 
 class TorchRuntime:
@@ -49,105 +80,114 @@ class TorchRuntime:
             torch.set_num_threads(threads)
         self.device = device
         self.work = EngineWork()
-        self.batch_windows = 8 if device == "cpu" else 64
         self._model = _load(model, device)
         config = self._model.config
-        self._dtype: torch.dtype = self._model.dtype
         # Multilingual vocabularies have one token more before the special ones.
         self.is_multilingual: bool = config.vocab_size >= 51_865
         self._tokens = WhisperTokens.load(model.path, self.is_multilingual)
-        self._features = LogMel(config.num_mel_bins, device)
         self._alignment_heads = _alignment_heads(self._model)
-        self._silence = self._encoder_output([np.zeros(0, dtype=np.int16)], FULL_SAMPLES)
-
-    @torch.inference_mode()
-    def encode(self, windows: Sequence[Samples], padded: Sequence[int]) -> list[Tensor]:
-        """See `WhisperRuntime`: each `[1500, d_model]`, on the device."""
-        encoded: dict[int, Tensor] = {}
-        # On a CPU one window at a time is as fast, and never depends on its neighbours.
-        budget = self.batch_windows * FULL_SAMPLES if self.device != "cpu" else 1
-        for batch in plan_batches(padded, budget):
-            heard = self._encoder_output([windows[i] for i in batch], padded[batch[0]])
-            silence = self._silence[:, heard.shape[1] :].expand(len(batch), -1, -1)
-            whole = torch.cat([heard, silence], dim=1)
-            encoded.update(zip(batch, whole, strict=True))
-        return [encoded[i] for i in range(len(windows))]
-
-    @torch.inference_mode()
-    def _encoder_output(self, windows: Sequence[Samples], length: int) -> Tensor:
-        """Windows padded to `length` through the encoder: `[n, length / 320, d_model]`.
-
-        The encoder's own `forward` takes 30 s only, so its layers are called one by one.
-        """
-        encoder = self._model.model.encoder
-        started = time.perf_counter()
-        features = self._features(windows, length).to(self._dtype)
-        self.work.features_s += time.perf_counter() - started
-        hidden = torch.nn.functional.gelu(encoder.conv1(features))
-        hidden = torch.nn.functional.gelu(encoder.conv2(hidden)).transpose(1, 2)
-        hidden = hidden + encoder.embed_positions.weight[: hidden.shape[1]]
-        for layer in encoder.layers:
-            hidden = layer(hidden, None)
-        result: Tensor = encoder.layer_norm(hidden)
-        return result
-
-    def language_probabilities(self, encoded: Tensor) -> dict[str, float]:
-        """See `WhisperRuntime`."""
-        tokens = self._tokens.language_tokens()
-        logits = self._first_logits(encoded[None])[0, list(tokens.values())]
-        return dict(zip(tokens, logits.softmax(dim=-1).tolist(), strict=True))
-
-    @torch.inference_mode()
-    def _first_logits(self, encoded: Tensor) -> Tensor:
-        """What the decoder expects after the start token alone: `[n, vocabulary]`."""
-        start = torch.full(
-            (len(encoded), 1), self._tokens.start_of_transcript, device=encoded.device
+        self._encoder = Encoder(self._model, device, self.work)
+        suppressed = self._model.generation_config.suppress_tokens or []
+        vocabulary = Vocabulary.of(self._tokens, suppressed)
+        # On a CPU a look at the slots costs nothing.
+        steps, behind = (1, 0) if device == "cpu" else (_STEPS_PER_LOOK, 1)
+        self._decoder = SlotDecoder(
+            self._model,
+            vocabulary,
+            slots_for(self._model),
+            steps_per_look=steps,
+            looks_behind=behind,
         )
-        return self._logits(encoded, start)[:, 0]
+        # Slots are refilled from what else is there, so there should be several windows for each.
+        self.batch_windows = _WINDOWS_PER_SLOT * self._decoder.n_slots
 
-    def _logits(self, encoded: Tensor, ids: Tensor) -> Tensor:
-        output = self._model(
-            encoder_outputs=_encoder_outputs(encoded), decoder_input_ids=ids, use_cache=False
-        )
-        logits: Tensor = output.logits.float()
-        return logits
+    def encode(self, windows: Sequence[Samples], padded: Sequence[int]) -> list[Heard]:
+        """See `WhisperRuntime`: encoded when first needed, so that decoding need not wait."""
+        return [Heard(*one) for one in zip(windows, padded, strict=True)]
 
-    @torch.inference_mode()
+    def language_probabilities(self, encoded: Sequence[Heard]) -> list[dict[str, float]]:
+        """See `WhisperRuntime`. Keeps as many outputs as one `generate` would."""
+        names = self._tokens.language_tokens()
+        told: list[dict[str, float]] = []
+        for begin in range(0, len(encoded), self._decoder.n_slots):
+            some = encoded[begin : begin + self._decoder.n_slots]
+            for chunk in self._encoder.chunks(some):
+                self._encoder.hear([some[i] for i in chunk])
+            with self._decoder.lane.entered():
+                outputs = [output_of(heard) for heard in some]
+            found = self._decoder.language_probabilities(outputs)
+            told += [dict(zip(names, row, strict=True)) for row in found]
+            if begin + len(some) > self.batch_windows:
+                for heard in some:
+                    heard.output = heard.ready = None
+        self._encoder.count()
+        return told
+
     def generate(
-        self, encoded: Sequence[Tensor], prompts: Sequence[Sequence[int]], search: Search
+        self, encoded: Sequence[Heard], prompts: Sequence[Sequence[int]], search: Search
     ) -> list[Generated]:
         """See `WhisperRuntime`."""
+        if search.beam_size > 1:
+            return self._by_beams(encoded, prompts, search)
+        stepped = self._decoder.slots_stepped
+        feed = Ahead(encoded, self._encoder)
+        written = self._decoder.write(feed, lambda i: output_of(encoded[i]), prompts)
+        self._encoder.count()
+        self.work.token_slots += self._decoder.slots_stepped - stepped
+        return [
+            Generated(w.ids, w.total_logprob / (len(w.ids) + 1), w.no_speech_prob) for w in written
+        ]
+
+    def _outputs(self, encoded: Sequence[Heard]) -> list[Tensor]:
+        for chunk in self._encoder.chunks(encoded):
+            self._encoder.hear([encoded[i] for i in chunk])
+        outputs = [output_of(heard) for heard in encoded]
+        self._encoder.count()
+        return outputs
+
+    @torch.inference_mode()
+    def _by_beams(
+        self, encoded: Sequence[Heard], prompts: Sequence[Sequence[int]], search: Search
+    ) -> list[Generated]:
+        """The few windows that are tried again, by transformers' search."""
+        found: list[Generated] = []
+        size = max(1, self._decoder.n_slots // search.beam_size)
+        for begin in range(0, len(encoded), size):
+            batch = torch.stack(self._outputs(encoded[begin : begin + size]))
+            found += self._beams(batch, prompts[begin : begin + size], search)
+        return found
+
+    def _beams(
+        self, batch: Tensor, prompts: Sequence[Sequence[int]], search: Search
+    ) -> list[Generated]:
         from transformers import GenerationMixin, LogitsProcessorList
 
-        batch = torch.stack(list(encoded))
         silent = self._first_logits(batch).softmax(dim=-1)[:, self._tokens.no_speech].tolist()
         prompt = torch.tensor([list(p) for p in prompts], device=self.device)
-        likelihood = _GreedyLikelihood(len(batch), self._tokens.end_of_text)
-        rules: list[Any] = [_timestamp_rules(self._tokens, prompt.shape[1])]
-        if search.beam_size == 1:
-            rules.append(likelihood)
         # Whisper's own generate() cuts, pads and tries again by itself; only the search is wanted.
         output: Any = GenerationMixin.generate(
             self._model,
             encoder_outputs=_encoder_outputs(batch),
             attention_mask=torch.ones(batch.shape[:2], device=self.device),
             decoder_input_ids=prompt,
-            logits_processor=LogitsProcessorList(rules),
+            logits_processor=LogitsProcessorList([_timestamp_rules(self._tokens, prompt.shape[1])]),
             generation_config=self._generation_config(search),
         )
         ids = [self._text(row) for row in output.sequences[:, prompt.shape[1] :].tolist()]
-        if search.beam_size == 1:
-            sums = likelihood.sums()
-        else:
-            # transformers divides by the number of generated tokens, end token included.
-            sums = [
-                score * (len(text) + 1)
-                for score, text in zip(output.sequences_scores.tolist(), ids, strict=True)
-            ]
-        return [
-            Generated(text, total / (len(text) + 1), no_speech)
-            for text, total, no_speech in zip(ids, sums, silent, strict=True)
-        ]
+        # transformers divides by the number of generated tokens too, end token included.
+        scores = output.sequences_scores.tolist()
+        return [Generated(*one) for one in zip(ids, scores, silent, strict=True)]
+
+    def _first_logits(self, encoded: Tensor) -> Tensor:
+        """What the decoder expects after the start token alone: `[n, vocabulary]`."""
+        start = torch.full(
+            (len(encoded), 1), self._tokens.start_of_transcript, device=encoded.device
+        )
+        output = self._model(
+            encoder_outputs=_encoder_outputs(encoded), decoder_input_ids=start, use_cache=False
+        )
+        logits: Tensor = output.logits[:, 0].float()
+        return logits
 
     def _generation_config(self, search: Search) -> Any:
         from transformers import GenerationConfig
@@ -155,9 +195,8 @@ class TorchRuntime:
         end = self._tokens.end_of_text
         told = self._model.generation_config
         never = {*(told.suppress_tokens or []), *self._tokens.never_written()}
-        beams = {"early_stopping": True, "output_scores": True} if search.beam_size > 1 else {}
         return GenerationConfig(
-            max_new_tokens=_MAX_NEW_TOKENS,
+            max_new_tokens=MAX_NEW_TOKENS,
             num_beams=search.beam_size,
             no_repeat_ngram_size=search.no_repeat_ngram_size,
             do_sample=False,
@@ -167,7 +206,8 @@ class TorchRuntime:
             pad_token_id=end,
             decoder_start_token_id=self._tokens.start_of_transcript,
             return_dict_in_generate=True,
-            **beams,
+            early_stopping=True,
+            output_scores=True,
         )  # type: ignore[no-untyped-call]
 
     def _text(self, generated: Sequence[int]) -> list[int]:
@@ -178,7 +218,7 @@ class TorchRuntime:
     @torch.inference_mode()
     def align(
         self,
-        encoded: Sequence[Tensor],
+        encoded: Sequence[Heard],
         prompts: Sequence[Sequence[int]],
         texts: Sequence[Sequence[int]],
         n_frames: Sequence[int],
@@ -188,7 +228,8 @@ class TorchRuntime:
         The cross-attention of the checkpoint's alignment heads, normalised over tokens,
         smoothed over frames and averaged, then time-warped; as in Whisper's word timestamps.
         """
-        return [self._align(*one) for one in zip(encoded, prompts, texts, n_frames, strict=True)]
+        outputs = self._outputs(encoded)
+        return [self._align(*one) for one in zip(outputs, prompts, texts, n_frames, strict=True)]
 
     def _align(
         self, encoded: Tensor, prompt: Sequence[int], text: Sequence[int], frames: int
@@ -223,6 +264,132 @@ class TorchRuntime:
             self._model.set_attn_implementation(fast)
 
 
+class Encoder:
+    """A checkpoint's encoder in a lane of its own, beside the decoder's."""
+
+    def __init__(self, model: Any, device: str, work: EngineWork) -> None:
+        """Take the encoder of a loaded `WhisperForConditionalGeneration`.
+
+        Args:
+            model: on its device.
+            device: `cpu` or `cuda`.
+            work: where its seconds are counted.
+        """
+        self.ahead = _CHUNKS_AHEAD[device]
+        self._encoder = model.model.encoder
+        self._dtype: torch.dtype = model.dtype
+        self._chunk_samples = _CHUNK_SAMPLES[device]
+        self._features = LogMel(model.config.num_mel_bins, device)
+        self._work = work
+        self._marks: list[tuple[Mark, Mark, Mark]] = []
+        self._silence: Tensor | None = None
+        self._lane = Lane(device)
+        nothing = Heard(np.zeros(0, dtype=np.int16), FULL_SAMPLES)
+        self.hear([nothing])
+        assert nothing.output is not None
+        self._silence = nothing.output[None]
+        self.count()
+
+    def chunks(self, windows: Sequence[Heard]) -> list[list[int]]:
+        """Indices of the windows without output, in batches for `hear`."""
+        missing = [i for i, heard in enumerate(windows) if heard.output is None]
+        planned = plan_batches([windows[i].padded for i in missing], self._chunk_samples)
+        return [[missing[position] for position in batch] for batch in planned]
+
+    @torch.inference_mode()
+    def hear(self, windows: Sequence[Heard]) -> None:
+        """Give windows of one padded length their output; does not wait for the device."""
+        with self._lane.entered():
+            started = self._lane.mark()
+            samples = [heard.samples for heard in windows]
+            features = self._features(samples, windows[0].padded).to(self._dtype)
+            between = self._lane.mark()
+            output = self._layers(features)
+            if self._silence is not None:
+                silence = self._silence[:, output.shape[1] :].expand(len(windows), -1, -1)
+                output = torch.cat([output, silence], dim=1)
+            ready = self._lane.mark()
+        self._marks.append((started, between, ready))
+        for heard, own in zip(windows, output, strict=True):
+            heard.output, heard.ready = own, ready
+
+    def _layers(self, features: Tensor) -> Tensor:
+        """`[n, n_mels, n_frames]` -> `[n, n_frames / 2, d_model]`.
+
+        The encoder's own `forward` takes 30 s only, so its layers are called one by one.
+        """
+        encoder = self._encoder
+        hidden = torch.nn.functional.gelu(encoder.conv1(features))
+        hidden = torch.nn.functional.gelu(encoder.conv2(hidden)).transpose(1, 2)
+        hidden = hidden + encoder.embed_positions.weight[: hidden.shape[1]]
+        for layer in encoder.layers:
+            hidden = layer(hidden, None)
+        result: Tensor = encoder.layer_norm(hidden)
+        return result
+
+    def count(self) -> None:
+        """Add the seconds of what was heard to `work`; waits for it."""
+        for started, between, ready in self._marks:
+            ready.wait()
+            self._work.features_s += between.seconds_since(started)
+            self._work.encoder_s += ready.seconds_since(between)
+        self._marks.clear()
+
+
+class Ahead:
+    """Windows on their way to the decoder, encoded some batches ahead of it (a `Feed`)."""
+
+    def __init__(self, windows: Sequence[Heard], encoder: Encoder) -> None:
+        self._windows = windows
+        self._encoder = encoder
+        heard = [i for i, window in enumerate(windows) if window.output is not None]
+        self._begun: deque[list[int]] = deque([heard] if heard else [])
+        self._waiting = deque(encoder.chunks(windows))
+
+    def __bool__(self) -> bool:
+        return bool(self._begun or self._waiting)
+
+    def take(self, most: int, must: bool) -> list[int]:
+        """See `Feed`."""
+        taken: list[int] = []
+        while len(taken) < most and self:
+            self._go_on()
+            batch = self._begun[0]
+            ready = self._windows[batch[0]].ready
+            if not (ready is None or ready.is_reached() or (must and not taken)):
+                break
+            room = most - len(taken)
+            taken += batch[:room]
+            self._begun[0] = batch[room:]
+            if not self._begun[0]:
+                self._begun.popleft()
+                self._go_on()
+        return taken
+
+    def _go_on(self) -> None:
+        """Have the encoder busy, but not far ahead: its outputs take memory."""
+        while self._waiting and len(self._begun) < self._encoder.ahead:
+            batch = self._waiting.popleft()
+            self._encoder.hear([self._windows[i] for i in batch])
+            self._begun.append(batch)
+
+
+def output_of(heard: Heard) -> Tensor:
+    """Encoder output of a window that was heard, for the lane in use."""
+    assert heard.output is not None and heard.ready is not None
+    heard.ready.hold_back()
+    return heard.output
+
+
+def slots_for(model: Any) -> int:
+    """How many slots the device has room for: on a GPU a power of two, in half of what is free."""
+    if model.device.type == "cpu":
+        return _CPU_SLOTS
+    free, _ = torch.cuda.mem_get_info()
+    room = int(free * _MEMORY_SHARE_OF_SLOTS) // slot_bytes(model.config, model.dtype)
+    return int(1 << (max(1, min(_MOST_SLOTS, room)).bit_length() - 1))
+
+
 def _load(model: Model, device: str) -> Any:
     from transformers import WhisperForConditionalGeneration
 
@@ -255,34 +422,9 @@ def _timestamp_rules(tokens: WhisperTokens, begin: int) -> Any:
     told: Any = GenerationConfig(
         eos_token_id=tokens.end_of_text,
         no_timestamps_token_id=tokens.no_timestamps,
-        max_initial_timestamp_index=_LAST_FIRST_TIMESTAMP,
+        max_initial_timestamp_index=LAST_FIRST_TIMESTAMP,
     )  # type: ignore[no-untyped-call]
     return WhisperTimeStampLogitsProcessor(told, begin_index=begin)
-
-
-class _GreedyLikelihood:
-    """Adds up the log-probabilities of greedily chosen tokens as they are chosen.
-
-    Sits last among the logits processors. Keeping every step's scores instead, as transformers
-    offers, takes gigabytes.
-    """
-
-    def __init__(self, n_windows: int, end_of_text: int) -> None:
-        self._end = end_of_text
-        self._total = torch.zeros(n_windows)
-        self._ended = torch.zeros(n_windows, dtype=torch.bool)
-
-    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        best, token = scores.float().log_softmax(dim=-1).max(dim=-1)
-        self._total, self._ended = self._total.to(best.device), self._ended.to(best.device)
-        self._total += torch.where(self._ended, 0.0, best)
-        self._ended |= token == self._end
-        return scores
-
-    def sums(self) -> list[float]:
-        """Natural log-likelihood of each window's tokens."""
-        total: list[float] = self._total.tolist()
-        return total
 
 
 def _encoder_outputs(encoded: Tensor) -> Any:
