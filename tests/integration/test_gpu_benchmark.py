@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 
+import pytest
+import torch
 import typer
 from typer.testing import CliRunner
 
@@ -32,6 +34,7 @@ def test_every_contender_hears_the_same_and_is_reported(tmp_path) -> None:
     assert "7 tokens a window" in result.output
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_without_a_gpu_it_says_so(tmp_path) -> None:
     app = typer.Typer()
     app.command()(gpu_benchmark)

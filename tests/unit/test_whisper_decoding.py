@@ -190,8 +190,8 @@ def test_every_call_is_the_work_once_warm_up_and_capture_included() -> None:
     assert lane.replays == 4
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="on a GPU machine capturing works")
 def test_decoding_goes_on_without_a_graph_that_cannot_be_captured(caplog) -> None:
-    assert not torch.cuda.is_available(), "written for a machine on which capturing must fail"
     failing = SlotDecoder(
         model(), VOCABULARY, 4, steps_per_look=4, looks_behind=1, max_new_tokens=N_NEW
     )
