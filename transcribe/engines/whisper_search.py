@@ -17,7 +17,7 @@ from transcribe.engines.whisper_tokens import WhisperTokens
 
 MAX_NEW_TOKENS = 224  # half of Whisper's text context, as in its reference decoding
 _LAST_FIRST_TIMESTAMP = 50  # text begins in the first second (max_initial_timestamp)
-_LOOP_TOKENS = 64  # a text that repeats itself so long, and so often, will not stop
+_LOOP_TOKENS = 40  # a text that repeats itself so long, and so often, will not stop
 _LOOP_TURNS = 4
 _WORTH_DROPPING = 0.25  # share of ended rows from which copying the others pays
 
