@@ -1,8 +1,8 @@
 """CTC models by transformers: wav2vec2, HuBERT, WavLM, wav2vec2-BERT, Parakeet-CTC and others.
 
 Owns one checkpoint of `AutoModelForCTC`: its input, its batches, and the way from frames to
-words (Graves et al. 2006). Knows nothing of recordings or files. bfloat16 or float16 on a GPU,
-float32 on CPU.
+words (Graves et al. 2006). Knows nothing of recordings or files. bfloat16 or float16 on a GPU;
+on a CPU float32, its transformer's matrix products in eight bits where the CPU is made for them.
 
 Greedy decoding takes the likeliest token of each frame, drops repeats and blanks; only token
 ids and their probabilities leave the device. A CTC model writes what it hears: nothing, where
@@ -14,7 +14,7 @@ from __future__ import annotations
 import itertools
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,6 +33,7 @@ from transcribe.engines.base import (
     HypothesisWord,
 )
 from transcribe.engines.fitting import Fitting
+from transcribe.engines.int8 import Int8Linear, is_supported
 from transcribe.engines.lanes import Lane, Mark, Replay, on_host, to_device
 from transcribe.engines.whisper_tokens import compression_ratio
 from transcribe.engines.word_edges import sharpened
@@ -478,7 +479,27 @@ def _load_model(model: Model, device: str) -> Any:
         raise Fatal(
             f"--model {model.name}: no CTC model could be loaded ({_reason(error)})."
         ) from None
+    if device == "cpu" and is_supported():
+        _quantise(loaded)
     return loaded.to(device).eval()
+
+
+def _quantise(model: Any) -> None:
+    """Let the linear layers compute in eight bits, but for the last, which is small and decides.
+
+    They keep their weights, because some families (WavLM) read them past the layer.
+    """
+    for layer in model.modules():
+        if isinstance(layer, torch.nn.Linear) and layer is not getattr(model, "lm_head", None):
+            bias = None if layer.bias is None else layer.bias.detach()
+            layer.forward = _by_rows(Int8Linear(layer.weight.detach(), bias))
+
+
+def _by_rows(linear: Int8Linear) -> Callable[[Tensor], Tensor]:
+    def forward(x: Tensor) -> Tensor:
+        return linear(x.reshape(-1, x.shape[-1])).reshape(*x.shape[:-1], -1)
+
+    return forward
 
 
 def _load_processor(model: Model) -> tuple[Any, Any]:
