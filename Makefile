@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo test test-long chaos fuzz bench check audit lock image-steps clean
+.PHONY: demo test test-long chaos fuzz bounds bench check audit lock image-steps clean
 
 demo: $(INSTALLED)
 	$(BIN)/python -m jobs.demo
@@ -30,6 +30,10 @@ FIRST := 1
 CASES := 10000
 fuzz: $(INSTALLED)
 	$(BIN)/python -m tests.fuzz --first $(FIRST) --cases $(CASES) --save build/fuzz
+
+# Memory peaks of whole runs over a bomb, 12 hours in one file, 200,000 tiny files: half an hour.
+bounds: $(INSTALLED)
+	$(BIN)/python -m tests.bounds
 
 check: $(INSTALLED)
 	$(BIN)/ruff check .
