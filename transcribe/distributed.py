@@ -96,8 +96,14 @@ def connect(address: str | None, workers: int | None) -> None:
     if address is None:
         cores = len(os.sched_getaffinity(0))
         cpus = max(cores, workers or 0) + cores + 1
-        with _stderr_silenced(), _sigterm_kept():
-            ray.init(address="local", num_cpus=cpus, include_dashboard=False, **quiet)
+        try:
+            with _stderr_silenced(), _sigterm_kept():
+                ray.init(address="local", num_cpus=cpus, include_dashboard=False, **quiet)
+        except Exception as error:  # Ray says a slow start with no kind of its own
+            raise Fatal(
+                f"Ray could not be started on this machine ({_first_line(error)}); if the machine"
+                " is busy, run the same command again when it is less so."
+            ) from None
         return
     if "://" in address:
         raise Fatal(

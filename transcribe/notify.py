@@ -13,6 +13,7 @@ import json
 import logging
 import os
 import shlex
+import shutil
 import subprocess
 import time
 from collections.abc import Mapping
@@ -142,4 +143,6 @@ def notifier(url: str | None, command: str | None) -> Notifier:
         raise Fatal("--notify-command has an open quotation mark.") from None
     if command is not None and not words:
         raise Fatal("--notify-command is empty.")
+    if words and shutil.which(words[0]) is None:  # found out now, not when there is news
+        raise Fatal(f"--notify-command: there is no program {words[0]!r} here.")
     return Notifier(url, words, os.environ.get(SECRET_VARIABLE) or None)

@@ -146,10 +146,12 @@ def lines(progress: Progress, now: float) -> Iterator[tuple[str, str]]:
         f" {progress.ok:,} ok, {progress.empty:,} empty, {progress.failed:,} failed),"
         f" {max(0, everything - done):,} remaining",
     )
+    # Duplicates, and shards that were cut up and tried again, come on top of the plan.
+    shards = min(progress.shards, progress.planned_shards)
     yield (
         "audio",
         f"{hours(progress.audio_seconds)} hours, of about {hours(progress.planned_seconds)} planned"
-        f" ({progress.shards:,} of {progress.planned_shards:,} shards)",
+        f" ({shards:,} of {progress.planned_shards:,} shards)",
     )
     if progress.rtfx is not None:
         yield "RTFx", f"{progress.rtfx:.1f} ({progress.workers} workers, {progress.device})"

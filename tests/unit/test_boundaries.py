@@ -51,7 +51,8 @@ def test_a_package_is_known_where_it_belongs(package: str, owners: set[str]) -> 
     library = {name for name in _importers(package) if name.startswith("transcribe/")}
     assert library == owners
     if package != "typer":  # jobs/ has command lines of its own
-        peers = {"jobs/benchmark/ray_example.py"}  # somebody else's way, to be compared with
+        # Somebody else's way, to be compared with; and what only measures how large shards get.
+        peers = {"jobs/benchmark/ray_example.py", "jobs/simulate.py"}
         assert _importers(package) - peers == library
 
 
@@ -93,3 +94,15 @@ def test_the_command_starts_without_anything_heavy() -> None:
         [sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True
     )
     assert done.stdout.split() == []
+
+
+def test_a_ray_that_does_not_come_up_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+    from transcribe import distributed
+    from transcribe.errors import Fatal
+
+    def late(**_: object) -> None:
+        raise Exception("The current node timed out during startup.\nMore.")
+
+    monkeypatch.setattr(distributed.ray, "init", late)
+    with pytest.raises(Fatal, match="could not be started on this machine"):
+        distributed.connect(None, workers=1)

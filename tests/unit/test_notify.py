@@ -132,6 +132,7 @@ def test_a_command_that_fails_is_a_warning(caplog) -> None:
         ("https://", None, "--notify must"),
         ("nonsense", None, "--notify must"),
         (None, "", "--notify-command is empty"),
+        (None, "/no/such/program x", "there is no program '/no/such/program' here"),
         (None, "page 'me", "--notify-command has an open quotation"),
     ],
 )

@@ -492,7 +492,7 @@ def _quantise(model: Any) -> None:
     for layer in model.modules():
         if isinstance(layer, torch.nn.Linear) and layer is not getattr(model, "lm_head", None):
             bias = None if layer.bias is None else layer.bias.detach()
-            layer.forward = _by_rows(Int8Linear(layer.weight.detach(), bias))
+            layer.forward = _by_rows(Int8Linear(layer.weight.detach(), bias))  # type: ignore[assignment,method-assign]
 
 
 def _by_rows(linear: Int8Linear) -> Callable[[Tensor], Tensor]:
