@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
@@ -12,6 +14,7 @@ from typer.testing import CliRunner
 from transcribe import distributed
 from transcribe.cli import app
 
+REPO = Path(__file__).parents[2]
 CALLS = 2
 POISON = {"segfault": "crashed_worker", "eat": "decode_memory", "abort": "crashed_worker"}
 
@@ -19,7 +22,9 @@ POISON = {"segfault": "crashed_worker", "eat": "decode_memory", "abort": "crashe
 @pytest.fixture
 def poisoned_ray(monkeypatch):
     """An embedded Ray whose workers put `tests.poison.listen` into the pipeline."""
-    hook = {"worker_process_setup_hook": "tests.poison.install"}
+    # The tests are not installed, so that a worker finds them by this path only.
+    path = {"PYTHONPATH": str(REPO)}
+    hook = {"worker_process_setup_hook": "tests.poison.install", "env_vars": path}
     ray.init(
         address="local", num_cpus=5, include_dashboard=False, log_to_driver=False, runtime_env=hook
     )

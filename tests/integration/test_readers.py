@@ -11,7 +11,7 @@ import pytest
 
 from transcribe import publish, rows, schema
 from transcribe.archive import Recording
-from transcribe.assemble import Assembled, Coverage, Segment
+from transcribe.assemble import Assembled, Coverage, Segment, Word
 from transcribe.errors import BadAudio
 
 DOC = Path(__file__).parents[2] / "docs" / "output.md"
@@ -32,7 +32,8 @@ def _recording(index: int) -> Recording:
 
 
 def _segment(channel: int, start: float, text: str, flags: tuple[str, ...] = ()) -> Segment:
-    return Segment(channel, start, start + 0.5, text, -0.25, 1.5, 0.125, 0.0, flags)
+    words = (Word(text, start, start + 0.5, 0.5),) if channel else None
+    return Segment(channel, start, start + 0.5, text, "de", -0.25, 1.5, 0.125, 0.0, flags, words)
 
 
 def _rows() -> list[dict[str, Any]]:
@@ -60,6 +61,8 @@ def published(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[dict[str,
     monkeypatch.chdir(tmp_path)
     made = _rows()
     publish.publish_shard(str(tmp_path / "OUT"), "shard", made)
+    for segment in (s for row in made for s in row["segments"] or ()):
+        segment["words"] = list(segment["words"]) if segment["words"] else None
     return [{name: row.get(name) for name in schema.TRANSCRIPT.names} for row in made]
 
 
