@@ -8,21 +8,18 @@ All work is in `run.py` and `evaluate.py`.
 from __future__ import annotations
 
 import os
-import signal
-import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
-from types import FrameType
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
 
 from transcribe.config import EMBEDDED_MODEL, RunConfig
+from transcribe.ending import ending_in_time
 from transcribe.errors import TranscribeError
 from transcribe.notify import Notifier, notifier
 from transcribe.printable import printable
@@ -282,17 +279,11 @@ def run(
             max_hours=max_hours,
         )
         news = notifier(notify, notify_command)
-        with _ending_on_sigterm():
+        with ending_in_time(_complain, _STAYS):
             result = _run(config, address or os.environ.get("RAY_ADDRESS"), console, news)
     except TranscribeError as error:
         _complain(error)
         raise typer.Exit(2) from None
-    except _Terminated:
-        _complain(f"Told to end (SIGTERM); {_STAYS}")
-        raise typer.Exit(143) from None
-    except KeyboardInterrupt:
-        _complain(f"Interrupted; {_STAYS}")
-        raise typer.Exit(130) from None
     if result["budget_reached"]:
         why = f"Stopped: {result['budget_reached']}; {_STAYS}"
         console.print(why, highlight=False, markup=False, soft_wrap=True)
@@ -315,34 +306,6 @@ def _run(
 
 
 _STAYS = "what is published stays. Run the same command again to go on."
-
-
-class _Terminated(KeyboardInterrupt):
-    """SIGTERM: ends a run the way Ctrl-C does, through the same clearing up."""
-
-
-@contextmanager
-def _ending_on_sigterm() -> Iterator[None]:
-    if threading.current_thread() is not threading.main_thread():  # the only one that may
-        yield
-        return
-    came = False
-
-    def terminate(signum: int, frame: FrameType | None) -> None:
-        nonlocal came
-        came = True
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # a second would cut the clearing up short
-        raise _Terminated
-
-    before = signal.signal(signal.SIGTERM, terminate)
-    try:
-        yield
-    except KeyboardInterrupt:
-        if came:  # while it waits, Ray raises a plain one instead of what the handler raised
-            raise _Terminated from None
-        raise
-    finally:
-        signal.signal(signal.SIGTERM, before)
 
 
 def _exit_code(result: dict[str, Any], max_failed: float, console: Console) -> int:

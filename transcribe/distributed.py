@@ -97,8 +97,8 @@ def connect(address: str | None, workers: int | None) -> None:
         cores = len(os.sched_getaffinity(0))
         cpus = max(cores, workers or 0) + cores + 1
         try:
-            with _stderr_silenced(), _sigterm_kept():
-                ray.init(address="local", num_cpus=cpus, include_dashboard=False, **quiet)
+            with _stderr_silenced():
+                _join(address="local", num_cpus=cpus, include_dashboard=False, **quiet)
         except Exception as error:  # Ray says a slow start with no kind of its own
             raise Fatal(
                 f"Ray could not be started on this machine ({_first_line(error)}); if the machine"
@@ -113,8 +113,7 @@ def connect(address: str | None, workers: int | None) -> None:
     try:
         with _stderr_silenced():
             _probe(address)
-            with _sigterm_kept():
-                ray.init(address=address, **quiet)
+            _join(address=address, **quiet)
     except ray.exceptions.AuthenticationError:
         raise Fatal(
             f"The Ray cluster at {address!r} asks for its token: set RAY_AUTH_MODE=token, and"
@@ -155,22 +154,27 @@ def _stderr_silenced() -> Iterator[None]:
         os.close(kept)
 
 
-@contextmanager
-def _sigterm_kept() -> Iterator[None]:
-    """Give SIGTERM back to whom it belonged: `ray.init` takes it, to write a C++ stack and die."""
-    if threading.current_thread() is not threading.main_thread():  # Ray leaves it alone, too
-        yield
-        return
-    before = signal.getsignal(signal.SIGTERM) or signal.SIG_DFL
-    try:
-        yield
-    except SystemExit:  # by Ray's own handler, while it starts
-        signal.signal(signal.SIGTERM, before)
-        signal.raise_signal(signal.SIGTERM)
-        raise
-    finally:
-        if signal.getsignal(signal.SIGTERM) is not signal.SIG_IGN:
-            signal.signal(signal.SIGTERM, before)
+def _join(**how: Any) -> None:
+    """`ray.init` in a thread, where Ray leaves SIGTERM alone.
+
+    So a signal's exception ends the waiting here, not Ray in the middle of something.
+    """
+    ends: queue.SimpleQueue[Exception | None] = queue.SimpleQueue()
+
+    def begin() -> None:
+        try:
+            ray.init(**how)
+            ends.put(None)
+        except Exception as error:
+            ends.put(error)
+        # What it has started dies with this thread (PR_SET_PDEATHSIG), which therefore stays.
+        while ray.is_initialized():
+            time.sleep(1.0)
+
+    threading.Thread(target=begin, daemon=True).start()
+    error = ends.get()
+    if error is not None:
+        raise error
 
 
 def disconnect() -> None:

@@ -1,42 +1,86 @@
-"""What the command makes of a signal."""
+"""What the command makes of a signal: in processes of its own, for that is what it ends."""
 
 from __future__ import annotations
 
 import signal
+import subprocess
+import sys
+import time
 
 import pytest
-from typer.testing import CliRunner
 
-from transcribe import run
+COMMAND = """
+import signal, threading, time
+from transcribe import ending, run
 from transcribe.cli import app
 
+def transcribe(*anything):
+    {interrupt}
+    raise AssertionError("not interrupted")
 
-@pytest.fixture
-def ended_by(monkeypatch):
-    """The result of `transcribe run` when its work is interrupted by `interrupt()`."""
+run.transcribe = transcribe
+ending.IN_TIME_S = {in_time_s}
+app(["run", "archive", "out"])
+"""
 
-    def invoke(interrupt):
-        monkeypatch.setattr(run, "transcribe", lambda *_: interrupt())
-        return CliRunner().invoke(app, ["run", "archive", "out"])
-
-    return invoke
-
-
-def test_sigterm_is_told_from_ctrl_c_also_where_ray_hides_it(ended_by):
-    def as_in_ray():  # ray.get and ray.wait swallow what a handler raises, and raise this
-        try:
-            signal.raise_signal(signal.SIGTERM)
-        except KeyboardInterrupt:
-            raise KeyboardInterrupt from None
-
-    before = signal.getsignal(signal.SIGTERM)
-    result = ended_by(as_in_ray)
-    assert result.exit_code == 143
-    assert "SIGTERM" in result.stderr and result.stderr.count("\n") == 1
-    assert signal.getsignal(signal.SIGTERM) is before
+# ray.get and ray.wait swallow what a handler raises, and raise this
+AS_IN_RAY = """
+    try:
+        signal.raise_signal(signal.SIGTERM)
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt from None
+"""
+# the exception is lost, and a lock with it
+HUNG = """
+    try:
+        signal.raise_signal(signal.{name})
+    except KeyboardInterrupt:
+        print("hung", flush=True)
+        threading.Event().wait()
+"""
 
 
-def test_ctrl_c_is_told_as_such(ended_by):
-    result = ended_by(lambda: signal.raise_signal(signal.SIGINT))
-    assert result.exit_code == 130
-    assert "Interrupted" in result.stderr and "SIGTERM" not in result.stderr
+def start(interrupt, in_time_s=18.0):
+    return subprocess.Popen(
+        [sys.executable, "-c", COMMAND.format(interrupt=interrupt, in_time_s=in_time_s)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        # A test started in the background would hand down that Ctrl-C is ignored.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    )
+
+
+def ended(process):
+    _, stderr = process.communicate(timeout=60)
+    assert stderr.count("\n") == 1, stderr
+    return process.returncode, stderr
+
+
+def test_sigterm_is_told_from_ctrl_c_also_where_ray_hides_it():
+    code, sentence = ended(start(AS_IN_RAY))
+    assert code == 143
+    assert sentence.startswith("Error: Told to end (SIGTERM); what is published stays.")
+
+
+def test_ctrl_c_is_told_as_such():
+    code, sentence = ended(start("signal.raise_signal(signal.SIGINT)"))
+    assert code == 130
+    assert sentence.startswith("Error: Interrupted; what is published stays.")
+
+
+@pytest.mark.parametrize(("name", "expected"), [("SIGTERM", 143), ("SIGINT", 130)])
+def test_a_run_that_hangs_is_ended_all_the_same(name, expected):
+    code, sentence = ended(start(HUNG.format(name=name), in_time_s=0.5))
+    assert code == expected
+    assert "Run the same command again" in sentence
+
+
+def test_a_second_ctrl_c_ends_at_once():
+    with start(HUNG.format(name="SIGINT"), in_time_s=600.0) as process:
+        assert process.stdout is not None and process.stdout.readline() == "hung\n"
+        process.send_signal(signal.SIGINT)
+        begun = time.monotonic()
+        code, _ = ended(process)
+    assert code == 130
+    assert time.monotonic() - begun < 60
