@@ -17,6 +17,7 @@ import io
 import json
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -26,6 +27,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from transcribe import schema, storage
+from transcribe.archive import in_threads
 from transcribe.errors import Fatal, Transient
 
 Row = dict[str, Any]
@@ -113,12 +115,10 @@ def read_published(out: str) -> Published:
 
 
 def _index(urls: Iterable[str]) -> Published:
-    tables = []
-    for url in urls:
-        table = _read_if_there(url, _INDEX_COLUMNS)
-        if table is None:
-            continue
-        tables.append(table.append_column("file", pa.array([url] * len(table), pa.string())))
+    tables = [
+        table.append_column("file", pa.array([url] * len(table), pa.string()))
+        for url, table in _tables(list(urls), _INDEX_COLUMNS)
+    ]
     empty = pa.schema(
         [*(schema.TRANSCRIPT.field(c) for c in _INDEX_COLUMNS), ("file", pa.string())]
     )
@@ -180,6 +180,20 @@ def _transcript_files(out: str) -> dict[str, str]:
         return {}
     found = storage.list_objects(folder)
     return {o.uri: o.version for o in found if o.uri.endswith(".parquet")}
+
+
+def _tables(urls: Sequence[str], columns: list[str]) -> Iterator[tuple[str, pa.Table]]:
+    """Those files that are still there, in order; a store is asked for many of them at once."""
+    read = partial(_read_if_there, columns=columns)
+    for start in range(0, len(urls), _READ_AHEAD):
+        some = urls[start : start + _READ_AHEAD]
+        for url, table in zip(some, in_threads(read, some, _READERS), strict=True):
+            if table is not None:
+                yield url, table
+
+
+_READERS = 32  # threads: they wait for the store
+_READ_AHEAD = 1024
 
 
 def _read_if_there(url: str, columns: list[str] | None = None) -> pa.Table | None:
@@ -295,10 +309,7 @@ def _rewrite(url: str, version: str, keep: set[tuple[str, str]]) -> bool:
 def status_counts(out: str) -> dict[str, int]:
     """Number of published rows by status, over everything in OUT."""
     counts: dict[str, int] = {"ok": 0, "empty": 0, "failed": 0}
-    for url in _transcript_files(out):
-        table = _read_if_there(url, ["status"])
-        if table is None:
-            continue
+    for _, table in _tables(list(_transcript_files(out)), ["status"]):
         for entry in pc.value_counts(table["status"]).to_pylist():
             counts[entry["values"]] = counts.get(entry["values"], 0) + entry["counts"]
     return counts
