@@ -29,6 +29,7 @@ import ray
 import ray.data
 import ray.exceptions
 import ray.util.metrics
+from ray._private import auto_init_hook
 from ray._private.services import canonicalize_bootstrap_address
 from ray._raylet import GcsClient  # type: ignore[attr-defined]  # compiled
 from ray.autoscaler.sdk import request_resources
@@ -155,10 +156,7 @@ def _stderr_silenced() -> Iterator[None]:
 
 
 def _join(**how: Any) -> None:
-    """`ray.init` in a thread, where Ray leaves SIGTERM alone.
-
-    So a signal's exception ends the waiting here, not Ray in the middle of something.
-    """
+    """`ray.init` in a thread: a signal's exception then ends the waiting here, not Ray's work."""
     ends: queue.SimpleQueue[Exception | None] = queue.SimpleQueue()
 
     def begin() -> None:
@@ -171,10 +169,23 @@ def _join(**how: Any) -> None:
         while ray.is_initialized():
             time.sleep(1.0)
 
+    # A question that comes after the end must not start another Ray.
+    auto_init_hook.enable_auto_connect = False
     threading.Thread(target=begin, daemon=True).start()
-    error = ends.get()
+    while True:
+        with suppress(queue.Empty):
+            error = ends.get(timeout=_TICK_S / 10)
+            break
+        _retake_sigterm()
+    _retake_sigterm()
     if error is not None:
         raise error
+
+
+def _retake_sigterm() -> None:
+    """Take it back from Ray's C++ part, whose handler writes a stack and aborts."""
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, signal.getsignal(signal.SIGTERM))
 
 
 def disconnect() -> None:
