@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo test test-long chaos fuzz bounds bench check audit lock image-steps clean
+.PHONY: demo test test-long chaos fuzz bounds scale bench check audit lock image-steps clean
 
 demo: $(INSTALLED)
 	$(BIN)/python -m jobs.demo
@@ -34,6 +34,10 @@ fuzz: $(INSTALLED)
 # Memory peaks of whole runs over a bomb, 12 hours in one file, 200,000 tiny files: half an hour.
 bounds: $(INSTALLED)
 	$(BIN)/python -m tests.bounds
+
+# Planning a million recordings, and a run's first 3,000 shards on real Ray (docs/scaling.md).
+scale: $(INSTALLED)
+	$(BIN)/python -m tests.scale --shards 3000
 
 check: $(INSTALLED)
 	$(BIN)/ruff check .

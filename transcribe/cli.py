@@ -63,6 +63,7 @@ _Archive = Annotated[
         help="Recordings: a directory, a prefix (`gs://bucket/calls`), a glob, one file, or a"
         " manifest (CSV, JSONL or Parquet with a `uri` column; other columns are carried"
         " through as `metadata`).",
+        metavar="ARCHIVE",
         show_default=False,
     ),
 ]
@@ -151,6 +152,7 @@ def run(
         typer.Argument(
             help="Where transcripts and reports go: a directory or a prefix. Run the same command"
             " again to go on after an interruption or to add new recordings.",
+            metavar="OUT",
             show_default=False,
         ),
     ],
@@ -286,7 +288,7 @@ def run(
         raise typer.Exit(2) from None
     if result["budget_reached"]:
         why = f"Stopped: {result['budget_reached']}; {_STAYS}"
-        console.print(why, highlight=False, markup=False, soft_wrap=True)
+        _show(console, why)
         raise typer.Exit(3)
     raise typer.Exit(_exit_code(result, max_failed, console))
 
@@ -314,14 +316,17 @@ def _exit_code(result: dict[str, Any], max_failed: float, console: Console) -> i
     share = counts["failed"] / total if total else 0.0
     if share <= max_failed:
         return 0
-    console.print(
+    _show(
+        console,
         f"{counts['failed']} of {total} recordings in {result['out']} failed ({share:.1%}), more"
         f" than --max-failed {max_failed:.1%}. The transcripts are kept; see error_message.",
-        highlight=False,
-        markup=False,
-        soft_wrap=True,
     )
     return 1
+
+
+def _show(console: Console, line: str) -> None:
+    """Print a line as it is: nothing in it is markup, and it is not broken."""
+    console.print(printable(line), highlight=False, markup=False, emoji=False, soft_wrap=True)
 
 
 def _complain(message: object) -> None:
@@ -419,13 +424,11 @@ def plan(
             try_here=try_here,
             catalogue=load_catalogue(prices_file, price or ()),
             deadline_hours=deadline,
-            say=partial(console.print, highlight=False, markup=False, soft_wrap=True),
+            say=partial(_show, console),
         )
         made.keep(out, json_file)
         for line in made.lines(show):
-            console.print(
-                printable(line), highlight=False, markup=False, emoji=False, soft_wrap=True
-            )
+            _show(console, line)
     except TranscribeError as error:
         _complain(error)
         raise typer.Exit(2) from None
@@ -434,7 +437,10 @@ def plan(
 @app.command()
 def status(
     out: Annotated[
-        str, typer.Argument(help="The OUT of a run: a directory or a prefix.", show_default=False)
+        str,
+        typer.Argument(
+            metavar="OUT", help="The OUT of a run: a directory or a prefix.", show_default=False
+        ),
     ],
     watch: Annotated[
         float | None,
@@ -452,12 +458,7 @@ def status(
             runs, now = reader.latest(out), time.time()
             for progress in runs:
                 for label, text in reader.lines(progress, now):
-                    console.print(
-                        f"{label:12}{printable(text)}",
-                        highlight=False,
-                        markup=False,
-                        soft_wrap=True,
-                    )
+                    _show(console, f"{label:12}{text}")
             if watch is None or all(run.life(now) != "running" for run in runs):
                 return
             time.sleep(watch)
@@ -471,7 +472,10 @@ def status(
 @app.command()
 def score(
     out: Annotated[
-        str, typer.Argument(help="The OUT of a run: a directory or a prefix.", show_default=False)
+        str,
+        typer.Argument(
+            metavar="OUT", help="The OUT of a run: a directory or a prefix.", show_default=False
+        ),
     ],
     reference: Annotated[
         str,
@@ -501,9 +505,7 @@ def score(
     console = Console()
     try:
         for line in _score(out, reference, worst, json_file):
-            console.print(
-                printable(line), highlight=False, markup=False, emoji=False, soft_wrap=True
-            )
+            _show(console, line)
     except TranscribeError as error:
         _complain(error)
         raise typer.Exit(2) from None
@@ -531,10 +533,11 @@ def preflight(
         ),
     ] = "local",
     archive: Annotated[
-        str | None, typer.Argument(help="Try to list and read it.", show_default=False)
+        str | None,
+        typer.Argument(metavar="ARCHIVE", help="Try to list and read it.", show_default=False),
     ] = None,
     out: Annotated[
-        str | None, typer.Argument(help="Try to write to it.", show_default=False)
+        str | None, typer.Argument(metavar="OUT", help="Try to write to it.", show_default=False)
     ] = None,
     model: Annotated[
         str, typer.Option(help="Find and check these weights, on every machine of the cluster.")
@@ -548,7 +551,7 @@ def preflight(
             failed |= check.outcome == "failure"
             remedy = f" -> {check.remedy}" if check.remedy else ""
             line = f"{check.outcome:8}{check.name}: {check.found}{remedy}"
-            console.print(line, highlight=False, markup=False, emoji=False, soft_wrap=True)
+            _show(console, line)
     except TranscribeError as error:
         _complain(error)
         failed = True
@@ -584,6 +587,7 @@ def bench(
     archive: Annotated[
         str | None,
         typer.Argument(
+            metavar="ARCHIVE",
             help="Recordings on this machine, as for `run`; left out, some are spoken by a"
             " synthesiser.",
             show_default=False,
@@ -629,7 +633,7 @@ def bench(
 
     Needs `pip install 'transcribe[bench]'`.
     """
-    say = partial(Console().print, highlight=False, markup=False, soft_wrap=True)
+    say = partial(Console().print, highlight=False, markup=False, emoji=False, soft_wrap=True)
     try:
         from jobs.benchmark.bench import Options, benchmark, table
 

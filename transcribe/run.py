@@ -13,7 +13,7 @@ import platform
 import secrets
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
@@ -36,7 +36,7 @@ from transcribe import (
     storage,
 )
 from transcribe.archive import estimate_durations, list_archive
-from transcribe.budget import Bill, Limits, Meter
+from transcribe.budget import THIS_MACHINE, Bill, Limits, Meter
 from transcribe.claims import Claim
 from transcribe.config import RunConfig, fingerprint, result_settings
 from transcribe.duplicates import Duplicate
@@ -102,9 +102,9 @@ def prepare(
         Fatal: a missing archive, an unwritable OUT, an unknown model, other settings in OUT, or
             `claim` refuses.
     """
-    recordings = list_archive(config.archive)
     storage.check_writable(config.out)
-    revision, engine = model_facts(config)
+    revision, engine = model_facts(config)  # before the listing, which may take minutes
+    recordings = list_archive(config.archive)
     settings = result_settings(config, revision, engine)
     publish.check_settings(config.out, settings)
     claim()
@@ -173,6 +173,8 @@ def transcribe(
     config = replace(
         config, archive=storage.absolute(config.archive), out=storage.absolute(config.out)
     )
+    if address is None:
+        _refuse_unpriced(config, [THIS_MACHINE])
     say = _saying(console)
     with _logging_to(console) as log, Claim(config.out, config.archive, say) as claim:
         plan = prepare(config, say, claim.take)
@@ -361,14 +363,24 @@ def _monitor(
         measure=distributed.Metrics(plan.run_id),
     )
     price = prices.price_list(config.price_per_hour, config.machine_type)
-    unpriced = sorted({node.kind for node in around.nodes() if price(node.kind) is None})
+    _refuse_unpriced(config, {node.kind for node in around.nodes()})
+    limits = Limits(config.max_spend, config.max_hours)
+    return Monitor(begun, limits, Meter(price), notifier, around, paid_since)
+
+
+def _refuse_unpriced(config: RunConfig, kinds: Collection[str]) -> None:
+    """Refuse a limit to spending where a machine's price is not known.
+
+    Raises:
+        Fatal: so it is.
+    """
+    price = prices.price_list(config.price_per_hour, config.machine_type)
+    unpriced = sorted(kind for kind in kinds if price(kind) is None)
     if config.max_spend is not None and unpriced:
         raise Fatal(
             f"--max-spend needs a price for {unpriced[0]!r}: give --price-per-hour, or"
             " --machine-type with a name of the price catalogue."
         )
-    limits = Limits(config.max_spend, config.max_hours)
-    return Monitor(begun, limits, Meter(price), notifier, around, paid_since)
 
 
 def _refuse_unfit_nodes(config: RunConfig, say: Callable[[str], None]) -> None:
