@@ -58,10 +58,23 @@ _values = attrgetter(*(field.name for field in fields(Recording)))
 
 
 class Recordings(Sequence[Recording]):
-    """A sequence of recordings; each is made when it is looked at. Slices share the columns."""
+    """A sequence of recordings; each is made when it is looked at. Slices share the columns.
 
-    def __init__(self, table: pa.Table) -> None:
-        self._table = table
+    A slice is no more than two numbers: one of pyarrow's takes 3 KB, and a shard holds ten rows.
+    """
+
+    __slots__ = ("_first", "_n", "_whole")
+
+    def __init__(self, table: pa.Table, first: int = 0, n: int | None = None) -> None:
+        self._whole = table
+        self._first = first
+        self._n = table.num_rows - first if n is None else n
+
+    @property
+    def _table(self) -> pa.Table:
+        if self._n == self._whole.num_rows:
+            return self._whole
+        return self._whole.slice(self._first, self._n)
 
     @classmethod
     def of(cls, recordings: Iterable[Recording]) -> Recordings:
@@ -72,10 +85,13 @@ class Recordings(Sequence[Recording]):
         batches = []
         while batch := list(itertools.islice(rows, _BATCH)):
             batches.append(_batch(batch))
-        return cls(pa.Table.from_batches(batches, _SCHEMA).combine_chunks())
+        table = pa.Table.from_batches(batches, _SCHEMA).combine_chunks()
+        del batches
+        pa.default_memory_pool().release_unused()  # as much again, which it would keep
+        return cls(table)
 
     def __len__(self) -> int:
-        return int(self._table.num_rows)
+        return int(self._n)
 
     def __iter__(self) -> Iterator[Recording]:
         for batch in self._table.to_batches(max_chunksize=_BATCH):
@@ -91,9 +107,9 @@ class Recordings(Sequence[Recording]):
             start, stop, step = index.indices(len(self))
             if step != 1:
                 return self.take(np.arange(start, stop, step))
-            return Recordings(self._table.slice(start, max(0, stop - start)))
+            return Recordings(self._whole, self._first + start, max(0, stop - start))
         at = range(len(self))[index]
-        return next(iter(Recordings(self._table.slice(at, 1))))
+        return next(iter(self[at : at + 1]))
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, Sequence) or len(self) != len(other):
