@@ -192,6 +192,11 @@ def test_kubernetes_accepts_the_pods(name, template):
     assert template["spec"]["securityContext"]["runAsNonRoot"] is True
 
 
+def test_kubernetes_accepts_the_weekly_run():
+    weekly = yaml.safe_load((ROOT / "cluster" / "cronjob.yaml").read_text())
+    kubernetes_validate.validate(weekly, "1.32", strict=True)
+
+
 def test_the_rayjobs_ray_is_the_locked_one():
     locked = (ROOT / "requirements.lock").read_text().split()
     assert f"ray=={RAYJOB['spec']['rayClusterSpec']['rayVersion']}" in locked
