@@ -165,9 +165,9 @@ def _join(**how: Any) -> None:
             ends.put(None)
         except Exception as error:
             ends.put(error)
-        # What it has started dies with this thread (PR_SET_PDEATHSIG), which therefore stays.
-        while ray.is_initialized():
-            time.sleep(1.0)
+        # What Ray has started dies with this thread (PR_SET_PDEATHSIG), and if that happens before
+        # Ray has let go of it, Ray ends the process with 1 and no word. So the thread stays.
+        threading.Event().wait()
 
     # A question that comes after the end must not start another Ray.
     auto_init_hook.enable_auto_connect = False
