@@ -17,7 +17,12 @@ from pathlib import Path
 RAY = Path(sys.executable).parent / "ray"
 REPO = Path(__file__).parents[2]
 NODE_CPUS = 2
+START_TRIES = 3
 STORE_BYTES = 80_000_000  # little more than the least that Ray takes
+
+
+class NotStarted(AssertionError):
+    """`ray start` did not; with what it said."""
 
 
 def free_port():
@@ -32,6 +37,7 @@ class Machine:
 
     starter: subprocess.Popen
     is_head: bool
+    log: Path
 
     def processes(self, title=""):
         """Pids by the beginning of their title, which Ray sets to what a worker does."""
@@ -74,7 +80,15 @@ class World:
     dashboard: str = ""
 
     def start(self):
-        """Everything anew, or only what is missing."""
+        """Everything anew, or only what is missing; on a busy machine `ray start` may give up."""
+        for attempt in range(START_TRIES):
+            try:
+                return self._start_missing()
+            except NotStarted:
+                if attempt == START_TRIES - 1:
+                    raise
+
+    def _start_missing(self):
         self.machines = [m for m in self.machines if m.processes("raylet")]
         if not any(m.is_head and m.processes("gcs_server") for m in self.machines):
             self.kill()
@@ -108,13 +122,16 @@ class World:
                 stderr=log,
                 start_new_session=True,
             )
-        machine = Machine(starter, is_head)
+        machine = Machine(starter, is_head, folder.with_suffix(".log"))
         self.machines.append(machine)
         return machine
 
     def _wait(self, machines):
         for machine in machines:
-            assert machine.starter.wait(timeout=120) == 0, "ray start failed"
+            if machine.starter.wait(timeout=240) != 0:
+                machine.kill()
+                self.machines.remove(machine)
+                raise NotStarted(machine.log.read_text(errors="replace")[-2000:])
 
     def workers(self, title=""):
         """Pids of worker processes on all nodes, by title."""

@@ -214,7 +214,7 @@ def _ray_start(folder: Path, env: dict[str, str], *flags: str) -> subprocess.Pop
 
 def _wait_until_started(started: list[subprocess.Popen[str]]) -> None:
     for starter in started:
-        assert starter.wait(timeout=90) == 0, "ray start failed"
+        assert starter.wait(timeout=240) == 0, "ray start failed"
 
 
 def _kill_sessions(sessions: set[int]) -> None:
