@@ -88,7 +88,7 @@ def test_engines_judge_the_same(pair) -> None:
         assert one.language == other.language == "en"
         assert one.language_probability == pytest.approx(other.language_probability, abs=0.1)
         assert one.avg_logprob == pytest.approx(other.avg_logprob, abs=0.1)
-        assert one.no_speech_prob == pytest.approx(other.no_speech_prob, abs=0.15)
+        assert one.no_speech_prob == pytest.approx(other.no_speech_prob, abs=0.2)
 
 
 def test_engines_time_words_the_same(pair) -> None:
@@ -168,7 +168,7 @@ def test_retries_search_with_beams(engines, windows) -> None:
         text = engine._tokens.text(found[name].ids)
         assert score_texts([SENTENCES[1]], [text], ["en"]).wer < 0.25
     for other in ("int8", "transformers"):
-        expected = pytest.approx(found["ctranslate2"].avg_logprob, abs=0.15)
+        expected = pytest.approx(found["ctranslate2"].avg_logprob, abs=0.2)
         assert found[other].avg_logprob == expected
 
 
