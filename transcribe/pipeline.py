@@ -241,6 +241,7 @@ class ShardSummary:
     duplicate_seconds: float = 0.0
     batch_limit: int | None = None
     batch_halvings: int = 0
+    engine: str = ""
 
 
 def run_shards(shards: Sequence[Shard], job: Job, engine: Engine) -> Iterator[ShardSummary]:
@@ -613,4 +614,5 @@ def _summary(recognised: RecognisedShard) -> ShardSummary:
         duplicate_seconds=sum(row.get("duration") or 0.0 for row in duplicates),
         batch_limit=recognised.batch_limit,
         batch_halvings=recognised.batch_halvings,
+        engine=next((row["engine"] for row in made), ""),
     )

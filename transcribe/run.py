@@ -480,7 +480,8 @@ def _finish(
         archive=redacted(plan.config.archive),
         out=redacted(plan.config.out),
         model=plan.config.model,
-        engine=plan.engine,
+        # What ran: the plan knows the files only, and the device may choose between two for them.
+        engine=next((s.engine for s in summaries if s.engine), plan.engine),
         device=placement.device,
         workers=min(placement.workers, len(plan.shards)),
         archive_recordings=plan.archive_recordings,

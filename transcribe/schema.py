@@ -127,6 +127,7 @@ METRICS = pa.schema(
         ("tokens", pa.int64()),
         ("token_slots", pa.int64()),
         ("rtfx", pa.float64()),
+        ("engine", pa.string()),
         ("device", pa.string()),
         ("node", pa.string()),
         ("worker", pa.string()),
