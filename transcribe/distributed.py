@@ -449,6 +449,7 @@ class Round:
 
     def __enter__(self) -> Round:
         _LEAVING.clear()
+        _retake_sigterm()
         self._thread.start()
         return self
 
@@ -560,6 +561,7 @@ class Round:
         if now - self._asked_at < _LOOK_EVERY_S:
             return False
         self._asked_at = now
+        _retake_sigterm()
         self._head.check()
         look: Look | None = self._call("look")
         if look is None:
