@@ -28,8 +28,8 @@ _WHAT = {signal.SIGINT: "Interrupted", signal.SIGTERM: "Told to end (SIGTERM)"}
 def ending_in_time(say: Callable[[str], None], advice: str) -> Iterator[None]:
     """Let the body be ended by a signal; then say so and leave with 130 or 143.
 
-    A second Ctrl-C ends the process at once. Not in the main thread, or where SIGINT is ignored
-    (a job in the background), signals are left as they are.
+    A second Ctrl-C ends the process at once. A signal that is ignored (SIGINT, in a job in the
+    background) stays so; elsewhere than in the main thread nothing is done.
 
     Args:
         say: told the one sentence.

@@ -11,8 +11,8 @@ import tempfile
 import time
 from pathlib import Path
 
-from tests.chaos.schedules import Fault, Hand
-from tests.chaos.test_chaos import Run, published
+from tests.chaos.schedules import Fault, Hand, published
+from tests.chaos.test_chaos import Run
 from tests.chaos.test_deaths import archive_of
 from tests.chaos.world import World
 
