@@ -5,6 +5,7 @@ from __future__ import annotations
 import typer
 
 from transcribe.cli import run
+from transcribe.ending import process_of
 
 
 def main() -> None:
@@ -13,7 +14,8 @@ def main() -> None:
         add_completion=False, rich_markup_mode="markdown", pretty_exceptions_enable=False
     )
     app.command()(run)
-    app()
+    with process_of():
+        app()
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ import typer
 from rich.console import Console
 
 from transcribe.config import EMBEDDED_MODEL, RunConfig
-from transcribe.ending import ending_in_time
+from transcribe.ending import ending_in_time, process_of
 from transcribe.errors import TranscribeError
 from transcribe.notify import Notifier, notifier
 from transcribe.printable import printable
@@ -663,4 +663,5 @@ def bench(
 
 def main() -> None:
     """Entry point of the `transcribe` command."""
-    app()
+    with process_of():
+        app()

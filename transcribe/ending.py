@@ -1,6 +1,7 @@
 """Told to end, by Ctrl-C or SIGTERM: in order if possible, in time whatever hangs.
 
-Owns the two signals and the sentence that follows them. Must not know: what a run is.
+Owns the two signals, the sentence that follows them and how the process goes. Must not know: what
+a run is.
 
 The first signal raises KeyboardInterrupt in the main thread, for the run to publish what is done.
 It may land anywhere, also where foreign code swallows it, or in the middle of taking a lock that
@@ -9,19 +10,49 @@ is then never given back. So a thread counts the time, and ends the process when
 
 from __future__ import annotations
 
+import atexit
 import os
 import select
 import signal
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from types import FrameType
 
 IN_TIME_S = 18.0
 """From the signal to the end; a spot machine is gone after 30 s, or 25 on Kubernetes."""
 
 _WHAT = {signal.SIGINT: "Interrupted", signal.SIGTERM: "Told to end (SIGTERM)"}
+
+
+@contextmanager
+def process_of() -> Iterator[None]:
+    """Let the body be the whole process, which ends with its exit code and nothing after it.
+
+    Whatever is registered with `atexit` is still done; the interpreter is not taken down. Threads
+    that wait for Ray outlive a run whose head or store is gone. One that wakes up in C++ while the
+    interpreter goes is unwound through code that must not be, and the process aborts (CPython
+    before 3.14: `PyEval_RestoreThread` calls `pthread_exit`).
+    """
+    code = 0
+
+    def end() -> None:
+        for stream in (sys.stdout, sys.stderr):
+            with suppress(OSError, ValueError):  # whoever reads has gone
+                stream.flush()
+        os._exit(code)
+
+    atexit.register(end)  # the first to be registered is the last to be called
+    try:
+        yield
+    except SystemExit as error:
+        code = error.code if isinstance(error.code, int) else int(error.code is not None)
+        raise
+    except BaseException:
+        code = 1
+        raise
 
 
 @contextmanager

@@ -84,3 +84,36 @@ def test_a_second_ctrl_c_ends_at_once():
         code, _ = ended(process)
     assert code == 130
     assert time.monotonic() - begun < 60
+
+
+WHOLE_PROCESS = """
+import atexit, sys
+from transcribe.ending import process_of
+
+class Left:
+    def __del__(self):
+        print("the interpreter is taken down")
+
+left = Left()
+with process_of():
+    atexit.register(print, "what was registered is done")
+    {body}
+"""
+
+
+@pytest.mark.parametrize(
+    ("body", "expected", "complaint"),
+    [
+        ("pass", 0, ""),
+        ("sys.exit()", 0, ""),
+        ("sys.exit(3)", 3, ""),
+        ("sys.exit('sentence')", 1, "sentence"),
+        ("raise ValueError('sentence')", 1, "ValueError: sentence"),
+    ],
+)
+def test_a_command_is_its_whole_process(body, expected, complaint):
+    command = [sys.executable, "-c", WHOLE_PROCESS.format(body=body)]
+    process = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert process.returncode == expected
+    assert process.stdout == "what was registered is done\n"
+    assert process.stderr.strip().endswith(complaint)
