@@ -110,6 +110,13 @@ def subset(clips: Sequence[Clip], seconds: float) -> list[Clip]:
     return chosen or ordered[:1]
 
 
+def middling(clips: Sequence[Clip], n: int) -> list[Clip]:
+    """`n` clips about the median length: near to each other, so that no process waits for another."""
+    ordered = sorted(clips, key=lambda clip: (clip.duration_s, clip.path))
+    first = max(0, (len(ordered) - n) // 2)
+    return ordered[first : first + n]
+
+
 def shares(clips: Sequence[Clip], n: int) -> list[list[Clip]]:
     """Clips shared out to `n` processes, the longest first to whom has least."""
     parts: list[list[Clip]] = [[] for _ in range(n)]

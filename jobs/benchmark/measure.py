@@ -15,13 +15,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from jobs.benchmark import processes
-from jobs.benchmark.archives import Clip, shares, subset
+from jobs.benchmark.archives import Clip, middling, shares, subset
 from jobs.benchmark.contenders import Contender, Layout, Weights, layouts
 from jobs.benchmark.processes import Measured, NotRun
 from jobs.benchmark.results import Entry, Round, is_slow
 from jobs.benchmark.worker import Setup
 
-_TRIAL_S = 75.0
+_TRIAL_CLIPS = 2  # for each process of the layout that has most
 _SLOW_SHARE = 0.25
 
 
@@ -98,7 +98,7 @@ def _try_layouts(plan: Plan, entry: Entry, say: Callable[[str], None]) -> None:
     if isinstance(reason, str):
         entry.not_run = reason
         return
-    clips = subset(plan.clips, _TRIAL_S)
+    clips = middling(plan.clips, _TRIAL_CLIPS * max(layout.processes for layout in choices))
     try:
         for layout in choices:
             tried = Round(tuple(clips), _run(plan, contender, layout, clips))

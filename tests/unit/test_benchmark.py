@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 pytest.importorskip("psutil", reason="needs the bench extra")
 
 from jobs.benchmark import worker
-from jobs.benchmark.archives import Clip, shares, subset
+from jobs.benchmark.archives import Clip, middling, shares, subset
 from jobs.benchmark.bench import Options
 from jobs.benchmark.contenders import BARE, CONTENDERS, ONE_WORKER, OURS, SCALING, Layout, layouts
 from jobs.benchmark.ggml import _q8_0, _tokens, write_ggml
@@ -65,6 +65,16 @@ def test_a_subset_is_as_long_as_asked_for(archive: list[Clip], seconds: float) -
 def test_a_subset_has_short_and_long_recordings() -> None:
     archive = [clip(f"{i}", 10.0 if i % 2 else 100.0) for i in range(20)]
     assert {c.duration_s for c in subset(archive, 400)} == {10.0, 100.0}
+
+
+@given(clips, st.integers(1, 8))
+def test_a_trial_is_fair_to_layouts_of_several_processes(archive: list[Clip], n: int) -> None:
+    chosen = middling(archive, n)
+    lengths = sorted(c.duration_s for c in archive)
+    assert len({c.path for c in chosen}) == len(chosen) == min(n, len(archive))
+    spread = max(c.duration_s for c in chosen) - min(c.duration_s for c in chosen)
+    neighbours = [b - a for a, b in zip(lengths, lengths[len(chosen) - 1 :], strict=False)]
+    assert any(spread == pytest.approx(each) for each in neighbours)
 
 
 def test_peers_may_choose_their_layout_and_we_may_not() -> None:
