@@ -266,9 +266,10 @@ def _cost(report: Mapping[str, Any]) -> list[Section]:
     cost = report["cost"]
     if cost["usd"] is None:
         return []
-    padding, idle = cost["padding_usd"] or 0.0, cost["idle_usd"] or 0.0
+    padding, retries, idle = (cost[f"{n}_usd"] or 0.0 for n in ("padding", "retries", "idle"))
     parts = [
-        ("recognising speech", max(0.0, cost["usd"] - idle - padding), BLUE),
+        ("recognising speech", max(0.0, cost["usd"] - idle - padding - retries), BLUE),
+        ("trying unsure speech again", retries, GREEN),
         ("encoding padding", padding, ORANGE),
         ("engines without work", idle, GREY),
     ]

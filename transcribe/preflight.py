@@ -23,6 +23,7 @@ from typing import Literal
 from transcribe import models, storage
 from transcribe.config import EngineName
 from transcribe.engines.fake import is_fake
+from transcribe.engines.load import engine_name
 from transcribe.errors import TranscribeError
 
 Outcome = Literal["ok", "warning", "failure"]
@@ -156,7 +157,8 @@ def _listed(versions: Mapping[str, str]) -> str:
 
 def node_facts(model: str, engine: EngineName | None, has_gpu: bool) -> NodeFacts:
     """What this machine says of itself; runs on each machine of a cluster."""
-    found, revision = _revision(model, engine)
+    on_gpu = has_gpu and engine != "whisper-int8"
+    found, revision = _revision(model, engine, "cuda" if on_gpu else "cpu")
     return NodeFacts(
         versions={
             "python": platform.python_version(),
@@ -170,14 +172,15 @@ def node_facts(model: str, engine: EngineName | None, has_gpu: bool) -> NodeFact
     )
 
 
-def _revision(model: str, engine: EngineName | None) -> tuple[bool, str]:
+def _revision(model: str, engine: EngineName | None, device: str) -> tuple[bool, str]:
     if is_fake(model):
         return True, "fake"
     try:
         found = models.resolve(model, engine)
+        runs_it = engine_name(found, engine, device)
     except TranscribeError as error:
         return False, str(error)
-    return True, f"{model}, revision {found.revision}, for {found.engine}"
+    return True, f"{model}, revision {found.revision}, run by {runs_it}"
 
 
 _GPU_PROBE = (

@@ -91,6 +91,7 @@ def report(
     engine_seconds = facts.workers * facts.processing_seconds
     time = EngineTime.of(summaries, facts.workers)
     padding = _left_over(totals.work.heard_samples, totals.work.padded_samples)
+    retries = _ratio(totals.work.retries_s, totals.stages.recognise)
     return {
         **asdict(facts),
         "recordings": totals.recordings,
@@ -126,6 +127,7 @@ def report(
         ),
         "engine_time": asdict(time),
         "padding_share": padding,
+        "retries_share": retries,
         "decoder_idle_share": _left_over(totals.work.tokens, totals.work.token_slots),
         "bottleneck": asdict(
             verdict(
@@ -140,7 +142,7 @@ def report(
             "decode_worker": max((s.decode_peak_bytes for s in summaries), default=0),
             "engine_worker": max((s.recognise_peak_bytes for s in summaries), default=0),
         },
-        **bill.as_report(totals.audio_seconds, {"padding": padding or 0.0}),
+        **bill.as_report(totals.audio_seconds, _avoidable(totals, padding, retries)),
     }
 
 
@@ -148,6 +150,13 @@ def _stage(totals: Totals, name: str) -> dict[str, float | None]:
     """A stage's seconds, summed over workers, and its audio seconds per second."""
     spent: float = getattr(totals.stages, name)
     return {"seconds": spent, "rtfx": _ratio(totals.audio_seconds, spent)}
+
+
+def _avoidable(totals: Totals, padding: float | None, retries: float | None) -> dict[str, float]:
+    """Shares of recognition that bought nothing; padding costs where the encoder works."""
+    once = 1 - (retries or 0.0)
+    encoding = _ratio(totals.stages.encoder, totals.stages.recognise) or 0.0
+    return {"retries": retries or 0.0, "padding": once * encoding * (padding or 0.0)}
 
 
 def _left_over(used: float, whole: float) -> float | None:
@@ -172,6 +181,7 @@ def _metric_row(run_id: str, summary: ShardSummary) -> dict[str, Any]:
     row.pop("work")
     row["heard_seconds"] = work.heard_samples / SAMPLE_RATE
     row["padded_seconds"] = work.padded_samples / SAMPLE_RATE
+    row["retries_seconds"] = work.retries_s
     row["tokens"], row["token_slots"] = work.tokens, work.token_slots
     row["run_id"] = run_id
     row["rtfx"] = _ratio(summary.audio_seconds, summary.seconds.recognise)

@@ -116,6 +116,7 @@ METRICS = pa.schema(
         ("features_seconds", pa.float64()),
         ("encoder_seconds", pa.float64()),
         ("decoder_seconds", pa.float64()),
+        ("retries_seconds", pa.float64()),
         ("assemble_seconds", pa.float64()),
         ("publish_seconds", pa.float64()),
         ("decode_queue_seconds", pa.float64()),

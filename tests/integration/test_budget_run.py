@@ -61,3 +61,13 @@ def test_a_spending_limit_without_a_price_is_refused(tmp_path, write_archive, sh
     assert refused.exit_code == 2
     assert "--max-spend needs a price for 'this machine'" in refused.stderr
     assert not list(out.rglob("*.*"))
+
+
+def test_no_more_engines_than_allowed(tmp_path, write_archive, shared_ray):
+    archive, out = write_archive(tmp_path / "calls", 6), tmp_path / "out"
+    flags = ["--model", "fake", "--workers", "2", "--max-workers", "1"]  # the last of a flag counts
+    assert transcribe(archive, out, *flags).exit_code == 0
+    assert reports(out)[0]["workers"] == 1
+    (metrics,) = out.glob("runs/*/metrics.parquet")
+    workers = pq.read_table(metrics)["worker"].to_pylist()
+    assert len(workers) > 1 and len(set(workers)) == 1

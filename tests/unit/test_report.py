@@ -13,6 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from transcribe import publish, schema
+from transcribe.budget import Bill, Charge
 from transcribe.engines.base import EngineWork
 from transcribe.pipeline import ShardSummary, StageSeconds
 from transcribe.report import RunFacts, Totals, metric_rows, report
@@ -43,7 +44,7 @@ SUMMARY = ShardSummary(
     channel_seconds=1_200.0,
     speech_seconds=400.0,
     windows=30,
-    work=EngineWork(5.0, 30.0, 11.0, 16_000 * 300, 16_000 * 400, 900, 1_000),
+    work=EngineWork(5.0, 30.0, 11.0, 10.0, 16_000 * 300, 16_000 * 400, 900, 1_000),
     seconds=STAGES,
     device="cpu",
     node="n",
@@ -54,6 +55,7 @@ SUMMARY = ShardSummary(
     finished_at=1_772_366_460.5,
     failures={"corrupt": 1},
 )
+BILL = Bill({"big": Charge(machines=1, hours=2.0, usd_per_hour=3.0, idle_share=0.25)})
 FACTS = RunFacts(
     run_id="r",
     ended="complete",
@@ -106,6 +108,14 @@ def test_batches_are_as_full_as_the_work_says() -> None:
     made = report(FACTS, totals_of(SUMMARY, SUMMARY), [SUMMARY, SUMMARY])
     assert made["padding_share"] == pytest.approx(0.25)
     assert made["decoder_idle_share"] == pytest.approx(0.1)
+    assert made["retries_share"] == pytest.approx(10 / 50)
+
+
+def test_padding_costs_the_encoder_and_is_not_counted_in_retries_as_well() -> None:
+    cost = report(FACTS, totals_of(SUMMARY), [SUMMARY], BILL)["cost"]
+    busy = cost["usd"] - cost["idle_usd"]
+    assert cost["retries_usd"] == pytest.approx(busy / 5)
+    assert cost["padding_usd"] == pytest.approx((busy * 4 / 5) * (30 / 50) / 4)
 
 
 def test_what_the_run_was_is_carried_over() -> None:

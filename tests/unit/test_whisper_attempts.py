@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from importlib import resources
 from pathlib import Path
@@ -19,6 +20,7 @@ TOKENS = WhisperTokens.load(DATA, is_multilingual=True)
 WINDOW = EngineInput(np.zeros(3 * 16_000, dtype=np.int16), group=0)
 
 Asked = tuple[bool, int, int]  # full padding, beams, length of phrases that may not come twice
+ATTEMPT_S = 0.01
 GREEDY, BEAMS, FULL = (False, 1, 0), (False, 5, 0), (True, 1, 0)
 
 
@@ -36,6 +38,7 @@ class Scripted:
         return [length == FULL_SAMPLES for length in padded]
 
     def generate(self, encoded, prompts, search: Search) -> list[Generated]:
+        time.sleep(ATTEMPT_S)
         (full,) = encoded
         self.asked.append((full, search.beam_size, search.no_repeat_ngram_size))
         text, logprob = self.script[self.asked[-1]]
@@ -61,3 +64,4 @@ def test_a_window_is_searched_again_only_as_far_as_its_text_needs(script, text, 
     (hypothesis,) = Whisper(runtime, TOKENS, language="en").recognise([WINDOW])
     assert hypothesis.text == text
     assert runtime.asked == asked
+    assert runtime.work.retries_s >= ATTEMPT_S * (len(asked) - 1)

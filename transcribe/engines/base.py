@@ -115,6 +115,7 @@ class EngineWork:
         features_s: samples -> what the model takes.
         encoder_s: the encoder; of a CTC model the network.
         decoder_s: the search for the text, word times included.
+        retries_s: parts of all three spent on windows whose first text looked wrong or unsure.
         heard_samples: samples given to the encoder, retries included.
         padded_samples: the same after padding.
         tokens: tokens written.
@@ -125,6 +126,7 @@ class EngineWork:
     features_s: float = 0.0
     encoder_s: float = 0.0
     decoder_s: float = 0.0
+    retries_s: float = 0.0
     heard_samples: int = 0
     padded_samples: int = 0
     tokens: int = 0

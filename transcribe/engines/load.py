@@ -61,6 +61,19 @@ def engine_for(model: Model, config: RunConfig, device: str) -> Engine:
     )
 
 
+def engine_name(model: Model, engine: EngineName | None, device: str) -> EngineName:
+    """What will run `model` on this machine.
+
+    Raises:
+        Fatal: it cannot be what was asked for.
+    """
+    if model.engine == "ctc-transformers":
+        return model.engine
+    from transcribe.engines.whisper import runtime_name
+
+    return runtime_name(model, device, engine)
+
+
 def model_revision(model: Model, config: RunConfig) -> str:
     """The model's revision, and the language model's if there is one, joined by `+`.
 

@@ -172,19 +172,31 @@ def load_whisper(
     return Whisper(runtime, tokens, language=language, task=task, words=words)
 
 
-def _load_runtime(
-    model: Model, device: str, engine: EngineName | None, threads: int
-) -> WhisperRuntime:
-    if engine in (None, "whisper-int8") and device == "cpu" and int8.is_supported():
-        from transcribe.engines.whisper_int8 import Int8Runtime
+def runtime_name(model: Model, device: str, engine: EngineName | None) -> EngineName:
+    """What runs a Whisper checkpoint on this machine.
 
-        return Int8Runtime(model, threads=threads)
+    Raises:
+        Fatal: it cannot be what was asked for.
+    """
+    if engine in (None, "whisper-int8") and device == "cpu" and int8.is_supported():
+        return "whisper-int8"
     if engine == "whisper-int8":
         raise Fatal(
             "--engine whisper-int8 needs --device cpu and a CPU with VNNI instructions;"
             " leave --engine out."
         )
-    if model.engine == "whisper-transformers":
+    return model.engine
+
+
+def _load_runtime(
+    model: Model, device: str, engine: EngineName | None, threads: int
+) -> WhisperRuntime:
+    name = runtime_name(model, device, engine)
+    if name == "whisper-int8":
+        from transcribe.engines.whisper_int8 import Int8Runtime
+
+        return Int8Runtime(model, threads=threads)
+    if name == "whisper-transformers":
         from transcribe.engines.whisper_torch import TorchRuntime
 
         return TorchRuntime(model, device=device, threads=threads)
@@ -224,31 +236,45 @@ class Whisper:
     def recognise(self, windows: Sequence[EngineInput]) -> list[Hypothesis]:
         """One hypothesis per window, in order (see `Engine`)."""
         encoded: dict[int, Encoded] = {}
-        return self._recognise(windows, self._languages(windows, encoded), encoded)
+        languages = self._languages(windows, encoded)
+        results = self._first_texts(windows, languages, encoded)
+        started = time.perf_counter()
+        self._try_again(windows, languages, results)
+        self.work.retries_s += time.perf_counter() - started
+        return [results[i] for i in range(len(windows))]
 
-    def _recognise(
+    def _first_texts(
         self,
         windows: Sequence[EngineInput],
         languages: Sequence[tuple[str, float]],
         encoded: dict[int, Encoded],
-    ) -> list[Hypothesis]:
-        """Attempt after attempt on what still looks wrong; then the tails that were not heard."""
+    ) -> dict[int, Hypothesis]:
+        """What one attempt makes of each window, by its index; nothing of those nobody wants."""
         results = {i: Hypothesis(()) for i, window in enumerate(windows) if not window.is_wanted}
+        wanted = [i for i in range(len(windows)) if i not in results]
+        results.update(self._attempt(windows, wanted, languages, _FIRST, encoded))
+        encoded.clear()
+        return results
+
+    def _try_again(
+        self,
+        windows: Sequence[EngineInput],
+        languages: Sequence[tuple[str, float]],
+        results: dict[int, Hypothesis],
+    ) -> None:
+        """Attempt after attempt on what still looks wrong; then the tails that were not heard."""
 
         def attempt(how: _Attempt, indices: Sequence[int]) -> None:
-            for i, hypothesis in self._attempt(windows, indices, languages, how, encoded):
-                results[i] = _better(results.get(i), hypothesis, windows[i])
-            encoded.clear()
+            for i, hypothesis in self._attempt(windows, indices, languages, how, {}):
+                results[i] = _better(results[i], hypothesis, windows[i])
 
-        todo = [i for i in range(len(windows)) if i not in results]
-        attempt(_FIRST, todo)
+        todo = [i for i, window in enumerate(windows) if window.is_wanted]
         attempt(_UNSURE, [i for i in todo if _is_unsure(results[i], windows[i])])
         for retry in _RETRIES:
             todo = [i for i in todo if _is_suspicious(results[i], windows[i])]
             attempt(retry, todo)
         todo = [i for i in todo if _is_suspicious(results[i], windows[i])]
         self._hear_on(windows, languages, results, todo)
-        return [results[i] for i in range(len(windows))]
 
     def _hear_on(
         self,
@@ -276,9 +302,11 @@ class Whisper:
             )
             for i in cut
         ]
-        heard = self._recognise(tails, [languages[i] for i in cut], {})
-        for index, tail in zip(cut, heard, strict=True):
-            results[index] = _joined(results[index], tail)
+        spoken = [languages[i] for i in cut]
+        heard = self._first_texts(tails, spoken, {})
+        self._try_again(tails, spoken, heard)
+        for index, result in enumerate(cut):
+            results[result] = _joined(results[result], heard[index])
 
     def _attempt(
         self,
@@ -547,10 +575,8 @@ def _joined(first: Hypothesis, tail: Hypothesis) -> Hypothesis:
     )
 
 
-def _better(old: Hypothesis | None, new: Hypothesis, window: EngineInput) -> Hypothesis:
+def _better(old: Hypothesis, new: Hypothesis, window: EngineInput) -> Hypothesis:
     """The hypothesis to keep: a sound one, else the more probable one that does not loop."""
-    if old is None:
-        return new
     if _is_suspicious(old, window) != _is_suspicious(new, window):
         return old if _is_suspicious(new, window) else new
     old_loops = old.compression_ratio > _MAX_COMPRESSION_RATIO
