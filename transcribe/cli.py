@@ -130,7 +130,8 @@ _DeviceFlag = Annotated[
 _Workers = Annotated[
     int | None,
     typer.Option(
-        help="Engines at work at once; left out, one per GPU or CPU core.",
+        help="Engines at work at once; left out, one per GPU or core"
+        " (in a cluster of CPUs, seven of eight).",
         rich_help_panel=_PLACE,
     ),
 ]

@@ -57,7 +57,8 @@ _PUBLISH_CPUS = 0.01  # writing is waiting; a share of its own also keeps Ray fr
 _DECODE_CPUS = 1.0
 _ENGINE_CPUS = 0.98  # differs from decode's, or Ray Data would fuse both into one actor
 _GPU_ENGINE_CPUS = 0.5
-_ENGINES_FED = 3  # by one decode task that shares their cores: decoding is 6 times as fast or more
+_ENGINES_FED = 3  # by one decode task that shares their cores: decoding is 8 times as fast or so
+_ENGINES_SHARE = 7 / 8  # of a cluster's CPUs; the rest decodes
 _PROBE_S = 10.0
 _NODE_ANSWER_S = 300.0  # a machine may have to fetch the weights first
 
@@ -241,7 +242,7 @@ def place(
 
     Args:
         device: `auto` takes GPUs if the cluster has any.
-        workers: engines wanted; None takes one per GPU, or one per CPU core.
+        workers: engines wanted; None takes one per GPU, or per core (see `_cores`).
         wait_s: how long an autoscaling cluster may take to bring up the first machine.
         say: told what is being waited for.
         can_grow: whether engines that find no room now may find it later, on machines to come.
@@ -317,11 +318,17 @@ def _fit(device: Device, workers: int | None, resources: dict[str, float]) -> Pl
 
 
 def _cores(cpus: float) -> int:
-    """CPU engines by default: as many as real cores on one machine, else one per CPU but one."""
-    nodes = [n for n in ray.nodes() if n.get("Alive")]  # type: ignore[no-untyped-call]
-    if len(nodes) == 1:
-        return min(len(os.sched_getaffinity(0)), max(1, int(cpus) - 1))
-    return max(1, int(cpus) - 1)
+    """CPU engines by default: one a core where Ray counts more CPUs than there are, else 7 of 8."""
+    if _is_oversubscribed():
+        return len(os.sched_getaffinity(0))
+    return max(1, int(cpus * _ENGINES_SHARE))
+
+
+def _is_oversubscribed() -> bool:
+    """Whether this is an embedded cluster, or one like it: decode tasks share the engines' cores."""
+    nodes = [n for n in ray.nodes() if n["Alive"]]  # type: ignore[no-untyped-call]
+    cores = len(os.sched_getaffinity(0))
+    return len(nodes) == 1 and nodes[0]["Resources"].get("CPU", 0) > cores
 
 
 def machines(placement: Placement, address: str | None) -> list[PaidMachine]:
@@ -651,11 +658,8 @@ def _decode_tasks(job: Job, workers: int) -> int | None:
     There they take turns with the engines on the same cores. More than needed would decode far
     ahead, and above all delay the engines' start: each begins with imports of seconds.
     """
-    nodes = [n for n in ray.nodes() if n["Alive"]]  # type: ignore[no-untyped-call]
-    is_shared = len(nodes) == 1 and nodes[0]["Resources"].get("CPU", 0) > len(
-        os.sched_getaffinity(0)
-    )
-    return -(-workers // _ENGINES_FED) if is_shared and job.device == "cpu" else None
+    is_shared = job.device == "cpu" and _is_oversubscribed()
+    return -(-workers // _ENGINES_FED) if is_shared else None
 
 
 def _start_watch() -> Any:
