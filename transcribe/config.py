@@ -18,6 +18,9 @@ from transcribe.languages import LANGUAGES
 ChannelMode = Literal["auto", "split", "mix"]
 Device = Literal["auto", "cpu", "cuda"]
 Task = Literal["transcribe", "translate"]
+ENGINES_SHARE = 7 / 8
+"""Of a cluster's CPUs, by default: the rest decodes, which takes an eighth of the time or so."""
+
 EngineName = Literal[
     "whisper-int8", "whisper-ctranslate2", "whisper-transformers", "ctc-transformers"
 ]

@@ -38,7 +38,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from transcribe import pipeline
 from transcribe.budget import THIS_MACHINE, PaidMachine
-from transcribe.config import Device, EngineName
+from transcribe.config import ENGINES_SHARE, Device, EngineName
 from transcribe.engines.base import Engine
 from transcribe.engines.load import load_engine
 from transcribe.errors import Fatal, TranscribeError
@@ -58,7 +58,6 @@ _DECODE_CPUS = 1.0
 _ENGINE_CPUS = 0.98  # differs from decode's, or Ray Data would fuse both into one actor
 _GPU_ENGINE_CPUS = 0.5
 _ENGINES_FED = 3  # by one decode task that shares their cores: decoding is 8 times as fast or so
-_ENGINES_SHARE = 7 / 8  # of a cluster's CPUs; the rest decodes
 _PROBE_S = 10.0
 _NODE_ANSWER_S = 300.0  # a machine may have to fetch the weights first
 
@@ -321,7 +320,7 @@ def _cores(cpus: float) -> int:
     """CPU engines by default: one a core where Ray counts more CPUs than there are, else 7 of 8."""
     if _is_oversubscribed():
         return len(os.sched_getaffinity(0))
-    return max(1, int(cpus * _ENGINES_SHARE))
+    return max(1, int(cpus * ENGINES_SHARE))
 
 
 def _is_oversubscribed() -> bool:

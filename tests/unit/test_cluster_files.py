@@ -13,6 +13,7 @@ import yaml
 
 from cluster.cluster_file import cluster_file_checks, load_cluster_file
 from transcribe.errors import Fatal
+from transcribe.prices import price_list
 
 ROOT = Path(__file__).parents[2]
 LAUNCHER = ROOT / "ray-cluster.yaml"
@@ -47,6 +48,18 @@ def test_the_head_runs_nothing_and_workers_come_and_go():
     assert sum(kinds[name]["max_workers"] for name in WORKERS) <= OWN_LAUNCHER["max_workers"]
     assert OWN_LAUNCHER["idle_timeout_minutes"] <= 10
     assert OWN_LAUNCHER["provider"]["cache_stopped_nodes"] is False
+
+
+def test_the_bill_knows_every_machine_and_its_price():
+    price = price_list(None, None)
+    kinds = OWN_LAUNCHER["available_node_types"]
+    for name in WORKERS:
+        machine = kinds[name]["node_config"]["machineType"]
+        assert kinds[name]["labels"] == {"machine-type": machine, "ray.io/market-type": "spot"}
+        assert price(f"{machine}:spot") < price(machine)
+    head = kinds["head"]["node_config"]["machineType"]
+    assert f"--labels=machine-type={head} " in OWN_LAUNCHER["head_start_ray_commands"][-1]
+    assert price(head) > 0
 
 
 @pytest.mark.parametrize("name", WORKERS)
