@@ -324,7 +324,7 @@ def _cores(cpus: float) -> int:
 
 
 def _is_oversubscribed() -> bool:
-    """Whether this is an embedded cluster, or one like it: decode tasks share the engines' cores."""
+    """Whether decode tasks share the engines' cores: so it is in an embedded cluster."""
     nodes = [n for n in ray.nodes() if n["Alive"]]  # type: ignore[no-untyped-call]
     cores = len(os.sched_getaffinity(0))
     return len(nodes) == 1 and nodes[0]["Resources"].get("CPU", 0) > cores

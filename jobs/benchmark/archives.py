@@ -111,7 +111,7 @@ def subset(clips: Sequence[Clip], seconds: float) -> list[Clip]:
 
 
 def middling(clips: Sequence[Clip], n: int) -> list[Clip]:
-    """`n` clips about the median length: near to each other, so that no process waits for another."""
+    """`n` clips about the median length: alike, so that no process waits for another."""
     ordered = sorted(clips, key=lambda clip: (clip.duration_s, clip.path))
     first = max(0, (len(ordered) - n) // 2)
     return ordered[first : first + n]

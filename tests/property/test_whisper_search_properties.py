@@ -46,9 +46,10 @@ class Random:
         return self.logits()
 
     def keep_windows(self, windows):
-        self.rows = [self.rows[i] for i in windows.tolist()]
+        """What is listened to; here that goes with the row."""
 
-    take_rows = keep_windows
+    def take_rows(self, rows):
+        self.rows = [self.rows[i] for i in rows.tolist()]
 
 
 def written_by_greedy(seeds, end_bias=0.0):

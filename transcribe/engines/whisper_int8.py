@@ -23,7 +23,7 @@ from transcribe.engines.whisper import (
     Samples,
     Search,
 )
-from transcribe.engines.whisper_layers import Cache, Decoder, Encoder, Memory
+from transcribe.engines.whisper_layers import N_FRAMES, Cache, Decoder, Encoder, Memory
 from transcribe.engines.whisper_search import TextRules, Written, beams, greedy
 from transcribe.engines.whisper_tokens import WhisperTokens
 from transcribe.engines.whisper_weights import read_weights
@@ -31,13 +31,15 @@ from transcribe.engines.whisper_words import Alignment, attention_path, token_st
 from transcribe.errors import Fatal
 from transcribe.models import Model
 
+_MEMORY_BYTES = 1 << 30  # keys and values of the windows that are decoded together, at most
+_MOST_ROWS = 96  # texts written together: more do not make a row cheaper
+
 
 class Int8Runtime:
     """A Whisper checkpoint in eight bits (a `WhisperRuntime`)."""
 
     name = "whisper-int8"
     device = "cpu"
-    batch_windows = 24  # at most 450 MB of keys and values for Whisper base
 
     def __init__(self, model: Model, *, threads: int = 1) -> None:
         """Load and quantise the weights.
@@ -67,6 +69,8 @@ class Int8Runtime:
             self._encoder = Encoder(weights)
             silence = self._encoder(self._features([np.zeros(0, dtype=np.int16)], FULL_SAMPLES))
             self._decoder = Decoder(weights, silence)
+        a_window = self._decoder.bytes_heard(N_FRAMES)
+        self.batch_windows = max(1, min(_MOST_ROWS, _MEMORY_BYTES // a_window))
 
     @torch.inference_mode()
     def encode(self, windows: Sequence[Samples], padded: Sequence[int]) -> list[Tensor]:
@@ -100,7 +104,7 @@ class Int8Runtime:
         """See `WhisperRuntime`."""
         order = sorted(range(len(encoded)), key=lambda i: -len(encoded[i]))
         found: dict[int, Generated] = {}
-        size = max(1, len(order) // search.beam_size)  # beams are rows, too
+        size = max(1, _MOST_ROWS // search.beam_size)
         for first in range(0, len(order), size):
             batch = order[first : first + size]
             texts = self._search([encoded[i] for i in batch], [prompts[i] for i in batch], search)
@@ -170,7 +174,6 @@ class _Writer:
         return self._decoder.logits(hidden[:, -1])
 
     def keep_windows(self, windows: Tensor) -> None:
-        self._cache.take(windows)
         self._memory.keep(windows.tolist())
 
     def take_rows(self, rows: Tensor) -> None:

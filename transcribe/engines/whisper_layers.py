@@ -271,6 +271,10 @@ class Decoder:
             self._silence_from[frame] = keys, values, weight
         return self._silence_from[frame]
 
+    def bytes_heard(self, n_frames: int) -> int:
+        """What keys and values of a window of so many frames take."""
+        return 2 * len(self._layers) * n_frames * self._embedding.shape[1] * self._dtype.itemsize
+
     # -- speaking
 
     def cache(self, n_rows: int) -> Cache:

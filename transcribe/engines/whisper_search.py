@@ -8,12 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 import torch
 from torch import Tensor
 
 from transcribe.engines.whisper_tokens import WhisperTokens
+
+T = TypeVar("T")
 
 MAX_NEW_TOKENS = 224  # half of Whisper's text context, as in its reference decoding
 _LAST_FIRST_TIMESTAMP = 50  # text begins in the first second (max_initial_timestamp)
@@ -103,11 +105,11 @@ class Writer(Protocol):
         ...
 
     def keep_windows(self, windows: Tensor) -> None:
-        """Go on with these windows only (ascending), where each has one row."""
+        """Listen to these windows only (ascending); the rows that remain are taken next."""
         ...
 
     def take_rows(self, rows: Tensor) -> None:
-        """Go on with copies of these rows; every window keeps as many as every other."""
+        """Go on with copies of these rows: as many of every window, which stand together."""
         ...
 
 
@@ -137,6 +139,7 @@ def greedy(writer: Writer, rules: TextRules, logits: Tensor, end: int) -> list[W
             if not len(going):
                 return [found[i] for i in range(len(found))]
             writer.keep_windows(going)
+            writer.take_rows(going)
             windows, written, token = windows[going], written[going], token[going]
             total, ended = total[going], ended[going]
         logits = writer.next_logits(token)
@@ -188,14 +191,16 @@ def beams(
         n_beams: texts followed.
         no_repeat_ngram_size: so many tokens are never written twice in the same order; 0: may.
     """
-    going = [[Written([], 0.0)] for _ in range(len(logits))]
-    ended: list[list[Written]] = [[] for _ in going]
+    found: dict[int, Written] = {}
+    windows = list(range(len(logits)))
+    going = [[Written([], 0.0)] for _ in windows]
+    ended: list[list[Written]] = [[] for _ in windows]
     for _ in range(MAX_NEW_TOKENS):
         texts = [text for window in going for text in window]
         _forbid_repeats(logits, texts, no_repeat_ngram_size)
         rules.apply(logits, torch.tensor([text.ids for text in texts], dtype=torch.int64))
         best = logits.log_softmax(dim=1).topk(n_beams + 1, dim=1)
-        rows: list[int] = []
+        rows: list[list[int]] = [[] for _ in going]
         for window, likely in enumerate(_likeliest(texts, best.values, best.indices, len(going))):
             going[window] = []
             for row, text in likely:
@@ -205,15 +210,38 @@ def beams(
                     ended[window].append(Written(text.ids[:-1], text.total_logprob))
                 else:
                     going[window].append(text)
-                    rows.append(row)
-        if all(len(texts) >= n_beams for texts in ended):
+                    rows[window].append(row)
+        kept = [i for i, texts_ in enumerate(ended) if len(texts_) < n_beams]
+        if not kept:
             break
-        writer.take_rows(torch.tensor(rows))
+        if len(kept) <= (1 - _WORTH_DROPPING) * len(windows):
+            found |= _bests(windows, ended, going, n_beams)
+            windows, going = _at(kept, windows), _at(kept, going)
+            ended, rows = _at(kept, ended), _at(kept, rows)
+            writer.keep_windows(torch.tensor(kept))
+        writer.take_rows(torch.tensor([row for own in rows for row in own]))
         logits = writer.next_logits(torch.tensor([t.ids[-1] for w in going for t in w]))
-    return [
-        max(done[:n_beams] or open_, key=lambda text: text.total_logprob / (len(text.ids) + 1))
-        for done, open_ in zip(ended, going, strict=True)
-    ]
+    found |= _bests(windows, ended, going, n_beams)
+    return [found[i] for i in range(len(found))]
+
+
+def _bests(
+    windows: Sequence[int],
+    ended: Sequence[Sequence[Written]],
+    going: Sequence[Sequence[Written]],
+    n_beams: int,
+) -> dict[int, Written]:
+    """The text of each window whose mean log-probability is best; an ended one if there is any."""
+    return {
+        window: max(
+            done[:n_beams] or open_, key=lambda text: text.total_logprob / (len(text.ids) + 1)
+        )
+        for window, done, open_ in zip(windows, ended, going, strict=True)
+    }
+
+
+def _at(kept: Sequence[int], values: Sequence[T]) -> list[T]:
+    return [values[i] for i in kept]
 
 
 def _likeliest(
