@@ -143,3 +143,20 @@ def test_a_text_that_only_repeats_itself_is_given_up() -> None:
     texts = greedy(writer, RULES, writer.logits(), END)
     assert all(len(text.ids) < MAX_NEW_TOKENS // 2 for text in texts)
     assert all(len(text.ids) > 32 for text in texts)  # not before it is sure
+
+
+class OneParrot(Parrot):
+    """The window of seed 0 repeats itself; the others go on writing something new."""
+
+    def of(self, seed, text):
+        return Random.of(self, seed, text) if seed else Parrot.of(self, seed, text)
+
+
+@few
+@given(st.lists(st.integers(1, 10_000), min_size=4, max_size=8))
+def test_a_loop_is_cut_at_the_same_token_in_any_company(seeds) -> None:
+    def written(some):
+        writer = OneParrot(some, -100.0)
+        return greedy(writer, RULES, writer.logits(), END)[0].ids
+
+    assert written([0, *seeds]) == written([0])

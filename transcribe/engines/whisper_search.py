@@ -126,24 +126,27 @@ def greedy(writer: Writer, rules: TextRules, logits: Tensor, end: int) -> list[W
     windows = torch.arange(len(logits))
     written = torch.empty(len(logits), 0, dtype=torch.int64)
     total = torch.zeros(len(logits))
-    ended = torch.zeros(len(logits), dtype=torch.bool)
+    length = torch.full((len(logits),), MAX_NEW_TOKENS)  # of what counts: others may go on longer
     for _ in range(MAX_NEW_TOKENS):
         rules.apply(logits, written)
         best, token = logits.max(dim=1)
+        ended = length < MAX_NEW_TOKENS
         total += torch.where(ended, 0.0, best - logits.logsumexp(dim=1))
         written = torch.cat([written, token[:, None]], dim=1)
-        ended |= (token == end) | _loops(written, rules.first_timestamp)
+        ends = (token == end) | _loops(written, rules.first_timestamp)
+        length[ends & ~ended] = written.shape[1]
+        ended |= ends
         if ended.float().mean() >= _WORTH_DROPPING:
-            found |= _written(windows[ended], written[ended], total[ended], end)
+            found |= _written(windows[ended], written[ended], length[ended], total[ended], end)
             going = (~ended).nonzero()[:, 0]
             if not len(going):
                 return [found[i] for i in range(len(found))]
             writer.keep_windows(going)
             writer.take_rows(going)
             windows, written, token = windows[going], written[going], token[going]
-            total, ended = total[going], ended[going]
+            total, length = total[going], length[going]
         logits = writer.next_logits(token)
-    found |= _written(windows, written, total, end)
+    found |= _written(windows, written, length, total, end)
     return [found[i] for i in range(len(found))]
 
 
@@ -165,12 +168,16 @@ def _loops(written: Tensor, first_timestamp: int) -> Tensor:
     return loops
 
 
-def _written(windows: Tensor, written: Tensor, total: Tensor, end: int) -> dict[int, Written]:
-    rows = zip(windows.tolist(), written.tolist(), total.tolist(), strict=True)
-    return {
-        window: Written(ids[: ids.index(end)] if end in ids else ids, logprob)
-        for window, ids, logprob in rows
-    }
+def _written(
+    windows: Tensor, written: Tensor, length: Tensor, total: Tensor, end: int
+) -> dict[int, Written]:
+    """The first `length` tokens of each row, without the end token."""
+    found = {}
+    for window, ids, n, logprob in zip(
+        windows.tolist(), written.tolist(), length.tolist(), total.tolist(), strict=True
+    ):
+        found[window] = Written(ids[: n - 1] if ids[n - 1 : n] == [end] else ids[:n], logprob)
+    return found
 
 
 def beams(
