@@ -47,6 +47,13 @@ class Scripted:
         return [Generated(ids, logprob, no_speech_prob=0.0)]
 
 
+@pytest.mark.parametrize(("language", "asked"), [("en", [GREEDY]), ("de", [GREEDY, BEAMS])])
+def test_what_was_heard_in_another_language_is_doubted_sooner(language, asked) -> None:
+    runtime = Scripted({GREEDY: ("kind", -0.5), BEAMS: ("Rind", -0.4)})
+    Whisper(runtime, TOKENS, language=language).recognise([WINDOW])
+    assert runtime.asked == asked
+
+
 @pytest.mark.parametrize(
     ("script", "text", "asked"),
     [

@@ -53,8 +53,10 @@ _OWN_LANGUAGE_SAMPLES = 5 * SAMPLE_RATE
 _MAX_COMPRESSION_RATIO = 2.4
 _MIN_AVG_LOGPROB = -1.0
 _MAX_NO_SPEECH_PROB = 0.6
-# A sound text below this is searched for once more, with beams (docs/decisions.md).
-_UNSURE_LOGPROB = -0.6
+# A sound text below this is searched for once more, with beams (docs/decisions.md). Other languages
+# than English, of which Whisper has heard far less, gain from it more often.
+_UNSURE_LOGPROB = {"en": -0.6}
+_UNSURE_LOGPROB_ELSEWHERE = -0.4
 # Nobody speaks faster than this; 20 is a fast reader. Repeated text shows here first.
 _MAX_CHARACTERS_PER_SECOND = 30.0
 # A window ends in speech, but for 0.2 s. Text that ends much earlier has lost some of it.
@@ -532,7 +534,8 @@ def _is_silence(hypothesis: Hypothesis) -> bool:
 
 def _is_unsure(hypothesis: Hypothesis, window: EngineInput) -> bool:
     """Whether nothing is wrong with the text, but others may be likelier."""
-    return hypothesis.avg_logprob < _UNSURE_LOGPROB and not (
+    unsure = _UNSURE_LOGPROB.get(hypothesis.language or "", _UNSURE_LOGPROB_ELSEWHERE)
+    return hypothesis.avg_logprob < unsure and not (
         _is_silence(hypothesis) or _is_suspicious(hypothesis, window)
     )
 
