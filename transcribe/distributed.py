@@ -147,9 +147,9 @@ def _probe(address: str) -> None:
 def _stderr_silenced() -> Iterator[None]:
     """Drop what C++ code writes to file descriptor 2: Ray does while it is starting."""
     kept = os.dup(2)
-    with Path(os.devnull).open("wb") as nothing:
-        os.dup2(nothing.fileno(), 2)
     try:
+        with Path(os.devnull).open("wb") as nothing:
+            os.dup2(nothing.fileno(), 2)
         yield
     finally:
         os.dup2(kept, 2)

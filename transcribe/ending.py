@@ -111,6 +111,8 @@ class _Clock:
         """End in order. The clock goes on: also the interpreter's own end may hang."""
         self._came = self._came or signal.SIGINT
         if self._is_said.acquire(blocking=False):
+            # Silenced while Ray starts: the signal may have come just where that begins or ends.
+            os.dup2(self._stderr, 2)
             self._say(self._sentence())
         raise SystemExit(128 + self._came)
 
