@@ -91,6 +91,14 @@ class Published:
         refused = pc.is_in(newest["error_kind_last"], pa.array(_OF_THE_STORE))
         return newest.filter(pc.invert(refused))["recording_id"]
 
+    @property
+    def counts(self) -> dict[str, int]:
+        """Number of rows by status."""
+        counts: dict[str, int] = {"ok": 0, "empty": 0, "failed": 0}
+        for entry in pc.value_counts(self.table["status"]).to_pylist():
+            counts[entry["values"]] = counts.get(entry["values"], 0) + entry["counts"]
+        return counts
+
     def contents(self, sizes: npt.NDArray[np.int64]) -> Iterator[Content]:
         """The rows of recordings of one of these sizes whose MD5 is known."""
         wanted = pc.is_in(self.table["size_bytes"], pa.array(sizes, pa.int64()))
@@ -102,7 +110,7 @@ class Published:
 
 _OF_THE_STORE = ("forbidden", "unreadable")
 
-_INDEX_COLUMNS = [*(field.name for field in fields(Content)), "transcribed_at"]
+_INDEX_COLUMNS = [*(field.name for field in fields(Content)), "status", "transcribed_at"]
 
 
 def read_published(out: str) -> Published:
@@ -243,7 +251,15 @@ def _not_ours(url: str, reason: str) -> Fatal:
     )
 
 
-def settle(out: str) -> int:
+@dataclass(frozen=True, slots=True)
+class Settled:
+    """What `settle` left: one row for each recording, and how many it took away."""
+
+    published: Published
+    removed: int
+
+
+def settle(out: str) -> Settled:
     """Leave one row for each recording: the newest row of a URI wins.
 
     A changed object, a shard that a dying cluster published late, or another run at work in the
@@ -254,27 +270,24 @@ def settle(out: str) -> int:
     very version of the file in which it was seen beside a newer one (a condition that the store
     checks), so the newest row of a URI is never dropped by anybody.
 
-    Returns:
-        Number of superseded rows removed.
-
     Raises:
         Fatal: a transcript file cannot be read.
         Transient: files changed each time they had been looked at.
     """
     removed = 0
     for _ in range(_SETTLE_ROUNDS):
-        dropped, is_settled = _settle_once(out)
+        published, dropped, is_settled = _settle_once(out)
         removed += dropped
         if is_settled:
-            return removed
+            return Settled(published, removed)
     raise Transient(f"other runs keep changing {transcripts_url(out)}; run the same command again")
 
 
 _SETTLE_ROUNDS = 20
 
 
-def _settle_once(out: str) -> tuple[int, bool]:
-    """Drop what is superseded; also says whether nobody came between."""
+def _settle_once(out: str) -> tuple[Published, int, bool]:
+    """Drop what is superseded: what stays, how much went, and whether nobody came between."""
     versions = _transcript_files(out)  # before they are read: what is newer is left alone
     table = _index(versions).table
     newest: dict[str, int] = {uri: i for i, uri in enumerate(table["uri"].to_pylist())}
@@ -286,7 +299,8 @@ def _settle_once(out: str) -> tuple[int, bool]:
     done = [
         url for url in stale_files if _rewrite(url, versions[url], _kept_uris(table, kept, url))
     ]
-    return sum(stale_files[url] for url in done), len(done) == len(stale_files)
+    stays = Published(table.take(pa.array(sorted(kept), pa.int64())))
+    return stays, sum(stale_files[url] for url in done), len(done) == len(stale_files)
 
 
 def _kept_uris(table: pa.Table, kept: Iterable[int], url: str) -> set[tuple[str, str]]:
@@ -304,15 +318,6 @@ def _rewrite(url: str, version: str, keep: set[tuple[str, str]]) -> bool:
     pairs = zip(table["recording_id"].to_pylist(), table["uri"].to_pylist(), strict=True)
     mask = pa.array([pair in keep for pair in pairs], pa.bool_())
     return storage.put_if(url, _table_bytes(table.filter(mask)), version) is not None
-
-
-def status_counts(out: str) -> dict[str, int]:
-    """Number of published rows by status, over everything in OUT."""
-    counts: dict[str, int] = {"ok": 0, "empty": 0, "failed": 0}
-    for _, table in _tables(list(_transcript_files(out)), ["status"]):
-        for entry in pc.value_counts(table["status"]).to_pylist():
-            counts[entry["values"]] = counts.get(entry["values"], 0) + entry["counts"]
-    return counts
 
 
 def check_settings(out: str, settings: dict[str, Any]) -> bool:

@@ -71,6 +71,7 @@ class Plan:
     settings: dict[str, Any]
     archive_recordings: int
     already_transcribed: int
+    published: dict[str, int]
     shards: list[Shard]
     duplicates: list[Duplicate]
 
@@ -109,10 +110,10 @@ def prepare(
     publish.check_settings(config.out, settings)
     claim()
     storage.sweep(config.out)
-    superseded = publish.settle(config.out)
-    if superseded:
-        say(f"Removed {superseded} rows that an earlier run had left superseded.")
-    published = publish.read_published(config.out)
+    settled = publish.settle(config.out)
+    if settled.removed:
+        say(f"Removed {settled.removed} rows that an earlier run had left superseded.")
+    published = settled.published
     remaining = recordings.without(published.recording_ids)
     done = len(recordings) - len(remaining)
     if done:
@@ -133,6 +134,7 @@ def prepare(
         settings=settings,
         archive_recordings=len(recordings),
         already_transcribed=done,
+        published=published.counts,
         shards=shards,
         duplicates=repeated,
     )
@@ -179,7 +181,8 @@ def transcribe(
     with _logging_to(console) as log, Claim(config.out, config.archive, say) as claim:
         plan = prepare(config, say, claim.take)
         if not plan.shards and not plan.duplicates:
-            return _finish(plan, distributed.Placement("cpu", 0), [], _Clock(), None)
+            nobody = distributed.Placement("cpu", 0)
+            return _finish(plan, nobody, [], _Clock(), None, published=plan.published)
         return execute(plan, address, console, log, notifier or Notifier())
 
 
@@ -288,9 +291,18 @@ def execute(
     finally:
         distributed.disconnect()
     storage.sweep(config.out)
-    superseded = publish.settle(config.out)
+    settled = publish.settle(config.out)
     ended: Ended = "budget" if monitor.stopped else "complete"
-    return _finish(plan, placement, done, clock, monitor, superseded=superseded, ended=ended)
+    return _finish(
+        plan,
+        placement,
+        done,
+        clock,
+        monitor,
+        superseded=settled.removed,
+        ended=ended,
+        published=settled.published.counts,
+    )
 
 
 @contextmanager
@@ -464,6 +476,7 @@ def _finish(
     *,
     superseded: int = 0,
     ended: Ended = "complete",
+    published: dict[str, int] | None = None,
 ) -> dict[str, Any]:
     """Report a run; one that did not get to its end has no time to count what is in OUT."""
     if summaries:
@@ -495,9 +508,9 @@ def _finish(
     )
     result = report(facts, totals, summaries, monitor.bill() if monitor else Bill())
     result["environment"] = environment()
-    if ended in ("complete", "budget"):
+    if published is not None:
         result["predicted"] = _predicted(plan, result)
-        result["published"] = publish.status_counts(plan.config.out)
+        result["published"] = published
     if summaries or ended != "complete":
         rows = metric_rows(plan.run_id, summaries)
         _put(plan, "metrics.parquet", publish.parquet_bytes(rows, schema.METRICS))
