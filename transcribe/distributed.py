@@ -68,6 +68,7 @@ _LEAVE_S = 3.0
 _HEAD_EVERY_S = 2.0
 _SILENCE_S = 30.0
 _LAST_WORD_S = 20.0
+_STOPPED_S = 5.0  # without a tick of a thread that ticks each second
 _WATCH_SILENCE_S = 120.0
 _STANDSTILL_S = 300.0  # a new machine installs the job's packages first
 _LOADS_IN_VAIN = 4  # for each engine
@@ -676,7 +677,7 @@ class _Head:
 
     def __init__(self) -> None:
         self._home = ray.get_runtime_context().get_node_id()
-        self._heard_at = time.monotonic()
+        self._heard_at = self._ticked_at = time.monotonic()
         self._is_home_alive = True
         self._is_over = threading.Event()
         for work in (self._ask, self._have_the_last_word):
@@ -688,6 +689,8 @@ class _Head:
         Raises:
             Fatal: the head has not answered for some time, or Ray has ended on this machine.
         """
+        if self._was_stopped():  # nobody here could hear an answer
+            return
         if self._silent_s() > _SILENCE_S:
             atexit.unregister(ray.shutdown)  # it would wait for the head
             raise Fatal(self._sentence())
@@ -698,6 +701,10 @@ class _Head:
         """Ask no more. A head that is gone is still to be watched: others may wait for it."""
         if self._silent_s() <= _SILENCE_S:
             self._is_over.set()
+
+    def _was_stopped(self) -> bool:
+        """Whether this process has not been running for a while, and not yet made up for it."""
+        return time.monotonic() - self._ticked_at > _STOPPED_S
 
     def _silent_s(self) -> float:
         return time.monotonic() - self._heard_at
@@ -713,6 +720,9 @@ class _Head:
 
     def _have_the_last_word(self) -> None:
         while not self._is_over.wait(1.0):
+            if self._was_stopped():  # by SIGSTOP, or with the whole machine
+                self._heard_at += time.monotonic() - self._ticked_at
+            self._ticked_at = time.monotonic()
             if self._silent_s() > _SILENCE_S + _LAST_WORD_S:
                 print(f"Error: {self._sentence()}", file=sys.stderr, flush=True)
                 os._exit(2)
