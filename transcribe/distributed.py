@@ -185,7 +185,11 @@ def _join(**how: Any) -> None:
 
 
 def _retake_sigterm() -> None:
-    """Take it back from Ray's C++ part, whose handler writes a stack and aborts."""
+    """Take it back from Ray's C++ part, whose handler writes a stack and aborts.
+
+    It is set once, while Ray's core starts, and half a second of that holds the interpreter: a
+    SIGTERM that comes just then aborts the process, before anything has been done.
+    """
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, signal.getsignal(signal.SIGTERM))
 
@@ -457,7 +461,6 @@ class Round:
 
     def __enter__(self) -> Round:
         _LEAVING.clear()
-        _retake_sigterm()
         self._thread.start()
         return self
 
@@ -569,7 +572,6 @@ class Round:
         if now - self._asked_at < _LOOK_EVERY_S:
             return False
         self._asked_at = now
-        _retake_sigterm()
         self._head.check()
         look: Look | None = self._call("look")
         if look is None:
