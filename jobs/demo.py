@@ -17,6 +17,7 @@ from rich.console import Console
 from jobs.sample_archive import make_sample_archive
 from transcribe import run
 from transcribe.config import RunConfig
+from transcribe.ending import process_of
 from transcribe.errors import TranscribeError
 from transcribe.progress import print_summary
 from transcribe.score import Score, score_texts
@@ -73,4 +74,5 @@ def _show(console: Console, result: dict[str, Any], score: Score, out: Path) -> 
 
 
 if __name__ == "__main__":
-    typer.run(demo)
+    with process_of():
+        typer.run(demo)

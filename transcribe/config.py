@@ -18,9 +18,6 @@ from transcribe.languages import LANGUAGES
 ChannelMode = Literal["auto", "split", "mix"]
 Device = Literal["auto", "cpu", "cuda"]
 Task = Literal["transcribe", "translate"]
-ENGINES_SHARE = 7 / 8
-"""Of a cluster's CPUs, by default: the rest decodes, which takes an eighth of the time or so."""
-
 EngineName = Literal[
     "whisper-int8", "whisper-ctranslate2", "whisper-transformers", "ctc-transformers"
 ]
@@ -131,6 +128,11 @@ class RunConfig:
     def as_dict(self) -> dict[str, Any]:
         """All settings as plain JSON values."""
         return {**asdict(self), "speakers": list(self.speakers)}
+
+
+def cpu_engines(cpus: float) -> int:
+    """Engines on a cluster's CPUs by default: 7 on 8, for decoding takes an eighth or so."""
+    return max(1, int(cpus * 7 / 8))
 
 
 def result_settings(config: RunConfig, model_revision: str, engine: str) -> dict[str, Any]:

@@ -38,7 +38,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from transcribe import pipeline
 from transcribe.budget import THIS_MACHINE, PaidMachine
-from transcribe.config import ENGINES_SHARE, Device, EngineName
+from transcribe.config import Device, EngineName, cpu_engines
 from transcribe.engines.base import Engine
 from transcribe.engines.load import load_engine
 from transcribe.errors import Fatal, TranscribeError
@@ -325,7 +325,7 @@ def _cores(cpus: float) -> int:
     """CPU engines by default: one a core where Ray counts more CPUs than there are, else 7 of 8."""
     if _is_oversubscribed():
         return len(os.sched_getaffinity(0))
-    return max(1, int(cpus * ENGINES_SHARE))
+    return cpu_engines(cpus)
 
 
 def _is_oversubscribed() -> bool:

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from transcribe.config import ENGINES_SHARE
+from transcribe.config import cpu_engines
 from transcribe.prices import Catalogue, Machine, Price, Speed
 from transcribe.shards import Shard
 from transcribe.survey import Interval, Survey
@@ -169,7 +169,7 @@ def _speed(machine: Machine, catalogue: Catalogue, model: str, pace: Pace | None
 def _machine_rtfx(machine: Machine, speed: Speed, found: Survey, pace: Pace | None) -> Interval:
     """Seconds of recordings a second: what its devices recognise or its cores decode."""
     speech = pace.speech_s if pace is not None else _SPEECH.times(_channels(found))
-    devices = machine.gpus if machine.gpu is not None else max(1, int(machine.cpus * ENGINES_SHARE))
+    devices = machine.gpus if machine.gpu is not None else cpu_engines(machine.cpus)
     of_pilot = speed.source.startswith("this machine")
     factor = _CPU_BASIS if of_pilot else _BASIS[speed.basis]
     device = Interval(speed.rtfx, speed.rtfx / factor, speed.rtfx * factor).times(devices)
