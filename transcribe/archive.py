@@ -245,7 +245,7 @@ def _csv_rows(
             if fields:
                 yield where, dict(zip(header, fields, strict=True))
     except (csv.Error, UnicodeDecodeError) as error:
-        raise Fatal(f"{url}, line {reader.line_num}: not CSV in UTF-8 ({error})") from error
+        raise Fatal(f"{url}, line {reader.line_num + 1}: not CSV in UTF-8 ({error})") from error
 
 
 def _jsonl_rows(

@@ -184,6 +184,12 @@ class Claim:
                 self._say(f"OUT is also claimed by {holder.sentence}.")
 
 
+def has_died(out: str, archive: str) -> bool:
+    """Whether a run of `archive` ended without goodbye: only known on the machine it ran on."""
+    holder = _holder(_url(storage.absolute(out), redacted(archive)))
+    return holder is not None and holder.is_gone()
+
+
 def _url(out: str, archive: str) -> str:
     name = hashlib.sha256(archive.encode()).hexdigest()[:16]
     return storage.join(out, "runs", f"alive-{name}.json")

@@ -385,8 +385,8 @@ def _problem(source: _Source, got_s: float, damaged: bool, file: _File) -> BadAu
     if claimed_s is not None and claimed_s - got_s > max(tolerance_s, 0.001 * claimed_s):
         return BadAudio(
             "truncated",
-            f"The file is cut short or damaged: {got_s:.1f} s of the {claimed_s:.1f} s its header "
-            f"tells were decoded, {claimed_s - got_s:.1f} s are missing.",
+            f"The file is cut short or damaged: {got_s:.3f} s of the {claimed_s:.3f} s its header "
+            f"tells were decoded, {claimed_s - got_s:.3f} s are missing.",
         )
     if damaged and claimed_s is None:
         return BadAudio(

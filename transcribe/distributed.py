@@ -125,7 +125,8 @@ def connect(address: str | None, workers: int | None) -> None:
     except (OSError, ValueError, RuntimeError, ray.exceptions.RayError) as error:
         raise Fatal(
             f"No Ray cluster answers at {address!r} ({_first_line(error)});"
-            " start one with `ray start --head`, or leave --address out to use this machine."
+            " start one with `ray start --head`, or use this machine: leave --address out, or give"
+            " `preflight` the word `local`."
         ) from None
 
 
@@ -247,7 +248,8 @@ def place(
     Args:
         device: `auto` takes GPUs if the cluster has any.
         workers: engines wanted; None takes one per GPU, or per core (see `_cores`).
-        wait_s: how long an autoscaling cluster may take to bring up the first machine.
+        wait_s: how long an autoscaling cluster may take to bring up the first machine; what
+            starts on this machine alone waits for none.
         say: told what is being waited for.
         can_grow: whether engines that find no room now may find it later, on machines to come.
         max_workers: engines at most, whatever there is room for.
@@ -255,7 +257,7 @@ def place(
     Raises:
         Fatal: the cluster does not offer what one engine needs within `wait_s`.
     """
-    deadline = time.monotonic() + wait_s
+    deadline = time.monotonic() + (wait_s if can_grow else 0.0)
     asked = False
     while True:
         resources = _resources()
@@ -269,6 +271,10 @@ def place(
             return Placement(placement.device, min(placement.workers, most))
         if time.monotonic() >= deadline:
             request_resources(bundles=[])
+            if not can_grow:
+                raise Fatal(
+                    "This machine has no GPU: leave --device out, or go to a cluster that has one."
+                )
             raise Fatal(
                 f"The cluster cannot run this job: it {_needs(device, resources)}."
                 " Add a worker node, or check --device (cpu needs no GPU) and --workers."
@@ -450,7 +456,7 @@ class Round:
         self._job = job
         self._workers = min(workers, len(shards))
         self._watch = _start_watch()
-        self._results: queue.SimpleQueue[_Row | BaseException | None] = queue.SimpleQueue()
+        self._results: queue.SimpleQueue[bytes | BaseException | None] = queue.SimpleQueue()
         dataset = _dataset(shards, job, self._workers, self._watch)
         self._thread = threading.Thread(target=self._drain, args=(dataset,), daemon=True)
         self._is_over = False
@@ -471,18 +477,15 @@ class Round:
         self._head.leave()
         _within(_LEAVE_S, lambda: ray.kill(self._watch))
 
-    def outcomes(self) -> Iterator[ShardSummary | SetAside]:
-        """What becomes of every shard, in any order.
+    def outcomes(self) -> Iterator[ShardSummary | SetAside | None]:
+        """What becomes of every shard, in any order; None about twice a second in between.
 
         Raises:
             Fatal: a stage said that the run cannot go on, or Ray cannot.
         """
         while self._left and not self._is_over:
             outcome = self._next()
-            if isinstance(outcome, ShardSummary):
-                yield outcome
-            elif isinstance(outcome, Shard):
-                yield self._judged(outcome)
+            yield self._judged(outcome) if isinstance(outcome, Shard) else outcome
             self._supervise()
         for shard in self._left.values():
             yield self._judged(shard)
@@ -501,10 +504,15 @@ class Round:
                 n_idle = 0 if self._look.unpublished else n_idle + 1
 
     def _drain(self, dataset: ray.data.Dataset) -> None:
-        """In a thread: hand over what Ray Data gives, then None or why it ended."""
+        """In a thread: hand over the outcomes as Ray Data gives them, then None or why it ended."""
         try:
-            for row in dataset.iter_rows():
-                self._results.put(row)
+            batch: Any  # a table of pyarrow
+            # Not `iter_rows`, which keeps each row back until the next one is there.
+            for batch in dataset.iter_batches(
+                batch_size=None, batch_format="pyarrow", prefetch_batches=0
+            ):
+                for outcome in batch["outcome"].to_pylist():
+                    self._results.put(outcome)
             self._results.put(None)
         except BaseException as error:  # whatever ends it is for the other thread to say
             self._results.put(error)
@@ -521,7 +529,7 @@ class Round:
         if isinstance(result, BaseException):
             self._is_over = True
             raise Fatal(f"Ray gave up on the run: {_first_line(result)}." + _AGAIN) from result
-        outcome = pickle.loads(result["outcome"])
+        outcome = pickle.loads(result)
         if isinstance(outcome, _Stop):
             raise Fatal(outcome.sentence)
         if outcome.shard_id not in self._left:  # a part of a shard that is set aside already

@@ -17,7 +17,6 @@ from typing import Any
 
 from transcribe.budget import THRESHOLDS, Bill, Limits, Meter, PaidMachine
 from transcribe.errors import TranscribeError
-from transcribe.notify import Notifier
 from transcribe.pipeline import ShardSummary
 from transcribe.printable import printable
 from transcribe.status import Progress
@@ -25,7 +24,7 @@ from transcribe.status import Progress
 _LOG = logging.getLogger(__name__)
 
 EVERY_S = 5.0
-_LAST_WORDS_S = 45.0  # for the last heartbeat and message, so that a dead store holds up no exit
+_LAST_WORDS_S = 45.0  # for the last heartbeat, so that a dead store holds up no exit
 _FAILURES_KEPT = 5
 
 
@@ -51,7 +50,7 @@ class Monitor:
         begun: the state before the first shard.
         limits: when to stop.
         meter: counts what the machines cost.
-        notifier: where news goes.
+        tell: delivers a message (event, text, facts) without waiting for it.
         around: cluster and store.
         paid_since: monotonic seconds since when the machines that are up count.
 
@@ -64,7 +63,7 @@ class Monitor:
         begun: Progress,
         limits: Limits,
         meter: Meter,
-        notifier: Notifier,
+        tell: Callable[[str, str, dict[str, Any]], None],
         around: Surroundings,
         paid_since: float,
     ) -> None:
@@ -72,7 +71,7 @@ class Monitor:
         self._progress = begun
         self._limits = limits
         self._meter = meter
-        self._notifier = notifier
+        self._tell = tell
         self._around = around
         self._nodes = around.nodes()
         self._meter.observe(self._nodes, paid_since)
@@ -158,6 +157,7 @@ class Monitor:
             self.stopped = why
 
     def _beat_on(self) -> None:
+        problem = ""  # of the last writing; said once
         while True:
             ending = self._ended.wait(self._progress.every_s)
             nodes = self._nodes if ending else self._around.nodes()
@@ -168,11 +168,14 @@ class Monitor:
                 news = self._news(ending)
             self._around.measure(self._progress)
             for event, text, facts in news:
-                self._notifier.send(event, text, facts)
+                self._tell(event, text, facts)
             try:
                 self._around.put(said)
+                problem = ""
             except TranscribeError as error:
-                _LOG.warning("the state of the run could not be written: %s", error)
+                if str(error) != problem:
+                    _LOG.warning("the state of the run could not be written: %s", error)
+                problem = str(error)
             if ending:
                 return
 

@@ -1,8 +1,8 @@
 """News of a run to the outside: a webhook, a command, or both.
 
 Owns what a message looks like, its signature and its delivery. A message that cannot be delivered
-is a warning and never ends a run. Neither the URL (it often is a secret) nor the signing secret is
-ever logged. Knows nothing of Ray or shards.
+is a warning; it never ends a run, nor holds one up. Neither the URL (it often is a secret) nor the
+signing secret is ever logged. Knows nothing of Ray or shards.
 """
 
 from __future__ import annotations
@@ -12,12 +12,15 @@ import hmac
 import json
 import logging
 import os
+import queue
 import shlex
 import shutil
 import subprocess
+import threading
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
+from types import TracebackType
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -30,6 +33,9 @@ _TRIES = 4
 _FIRST_WAIT_S = 0.5
 _TIMEOUT_S = 5.0
 _COMMAND_TIMEOUT_S = 30.0
+_MESSAGE_S = 40.0  # for one message, whatever its receiver does
+_LAST_MESSAGES_S = 45.0
+_LAST_MESSAGES_INTERRUPTED_S = 5.0
 _PASSING = frozenset({408, 425, 429, 500, 502, 503, 504})
 
 
@@ -78,7 +84,9 @@ class Notifier:
                     headers=signed_headers(body, self.secret, int(time.time())),
                     timeout=_TIMEOUT_S,
                     allow_redirects=False,
+                    stream=True,  # the body of the answer says nothing, and may never end
                 )
+                answer.close()
             except requests.RequestException as error:
                 problem = type(error).__name__  # its text holds the URL
                 continue
@@ -106,6 +114,46 @@ class Notifier:
             return
         if done.returncode:
             _LOG.warning("--notify-command: %s ended with %d", self.command[0], done.returncode)
+
+
+class Outbox:
+    """Delivers messages in their order, beside the run; a context manager.
+
+    At its end the last messages are waited for: 45 s, or 5 s if the body was interrupted.
+    """
+
+    def __init__(self, notifier: Notifier) -> None:
+        self._notifier = notifier
+        self._waiting: queue.SimpleQueue[tuple[str, str, Mapping[str, Any]] | None]
+        self._waiting = queue.SimpleQueue()
+        self._postman = threading.Thread(target=self._deliver, name="news", daemon=True)
+
+    def __enter__(self) -> Outbox:
+        self._postman.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self._waiting.put(None)
+        is_interrupted = isinstance(error, KeyboardInterrupt)
+        self._postman.join(_LAST_MESSAGES_INTERRUPTED_S if is_interrupted else _LAST_MESSAGES_S)
+
+    def put(self, event: str, text: str, facts: Mapping[str, Any]) -> None:
+        """Have a message delivered; as `Notifier.send`, but nothing is waited for."""
+        self._waiting.put((event, text, facts))
+
+    def _deliver(self) -> None:
+        while (message := self._waiting.get()) is not None:
+            # By a thread of its own: an answer that drips has no time-out that requests knows.
+            sending = threading.Thread(target=self._notifier.send, args=message, daemon=True)
+            sending.start()
+            sending.join(_MESSAGE_S)
+            if sending.is_alive():
+                _LOG.warning("--notify: a message was not taken within %.0f s", _MESSAGE_S)
 
 
 def _host(url: str) -> str:

@@ -393,7 +393,7 @@ pre { background: #1d2433; color: #e9edf5; padding: .8rem 1rem; border-radius: 6
 {% if command %}
 <section>
 <h2>The command</h2>
-<p class="note">Run it again to get these figures anew.</p>
+<p class="note">Run it with another OUT to get such figures anew.</p>
 <pre>{{ command }}</pre>
 </section>
 {% endif %}

@@ -503,7 +503,10 @@ def _content(outcome: Outcome, pieces: Sequence[RecognisedPiece], config: RunCon
         return rows.failed_row(outcome.recording, None, problem)
     heard = [pair for piece in pieces for pair in zip(piece.windows, piece.hypotheses, strict=True)]
     heard.sort(key=lambda pair: (pair[0].channel, pair[0].start))
-    speakers = config.speakers if config.channels != "mix" else ()
+    # Two voices in one channel, or the same in both: nobody knows whose turn it is.
+    n_own = sum(not channel.skipped for channel in outcome.coverage)
+    is_apart = config.channels != "mix" and (n_own > 1 or len(config.speakers) == 1)
+    speakers = config.speakers if is_apart else ()
     return rows.spoken_row(
         outcome.recording,
         outcome.facts,

@@ -275,6 +275,15 @@ def compared(plan: dict[str, Any] | None, actual: Actual) -> dict[str, float | N
     }
 
 
+def differing_settings(plan: dict[str, Any] | None, actual: Actual) -> list[str]:
+    """Names of the settings by which a forecast of as many recordings is not of this run."""
+    if plan is None or plan["recordings"] + plan["repeated"] != actual.recordings:
+        return []
+    theirs = plan["settings"]
+    names = {*theirs, *actual.settings}
+    return sorted(n for n in names if theirs.get(n) != actual.settings.get(n))
+
+
 def _is_of(plan: dict[str, Any], actual: Actual) -> bool:
     same_settings: bool = plan["settings"] == actual.settings
     return same_settings and plan["recordings"] + plan["repeated"] == actual.recordings

@@ -111,7 +111,7 @@ def archive_check(archive: str) -> Check:
             return Check("archive", "warning", f"{archive} is empty", "check the prefix")
         n_read = len(storage.read_range(first.uri, 0, _READ_BYTES))
     except TranscribeError as error:
-        return Check("archive", "failure", str(error), "check the address and the credentials")
+        return Check("archive", "failure", str(error), "check ARCHIVE and the credentials")
     return Check("archive", "ok", f"listable; read {n_read:,} bytes of {first.uri}")
 
 

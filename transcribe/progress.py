@@ -103,6 +103,9 @@ def clock(seconds: float) -> str:
     return f"{minutes // 60}:{minutes % 60:02d}:{rest:02d}"
 
 
+_SLOWEST = 3  # stages; report.json has them all
+
+
 def print_summary(console: Console, result: dict[str, object]) -> None:
     """The run's result in a few lines (`result`: content of report.json)."""
     lines = _summary_lines(result)
@@ -133,8 +136,10 @@ def _summary_lines(result: dict[str, object]) -> list[tuple[str, str]]:
     ]
     stages = result["stages"]
     if isinstance(stages, dict):
-        each = ", ".join(f"{name.replace('_', ' ')} {_rate(s)}" for name, s in stages.items())
-        lines.append(("RTFx per stage", each + " (audio over the stage's own seconds)"))
+        timed = sorted((s["rtfx"], name) for name, s in stages.items() if s["rtfx"])[:_SLOWEST]
+        each = ", ".join(f"{name.replace('_', ' ')} {rtfx:,.0f}" for rtfx, name in timed)
+        if each:
+            lines.append(("slowest stages", f"RTFx {each}"))
     if result["duplicates"]:
         repeated = hours(_number(result["duplicate_seconds"]))
         shared = (
@@ -163,11 +168,6 @@ def _cost_lines(cost: object, machines: object) -> list[tuple[str, str]]:
         f" hours ({took}); of it ${_number(cost['idle_usd']):,.2f} idle"
     )
     return [("cost", said)]
-
-
-def _rate(stage: dict[str, float | None]) -> str:
-    rtfx = stage["rtfx"]
-    return f"{rtfx:,.0f}" if rtfx else "-"
 
 
 def _number(value: object) -> float:

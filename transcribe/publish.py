@@ -28,6 +28,7 @@ import pyarrow.parquet as pq
 
 from transcribe import schema, storage
 from transcribe.archive import in_threads
+from transcribe.config import fingerprint
 from transcribe.errors import Fatal, Transient
 
 Row = dict[str, Any]
@@ -98,6 +99,13 @@ class Published:
         for entry in pc.value_counts(self.table["status"]).to_pylist():
             counts[entry["values"]] = counts.get(entry["values"], 0) + entry["counts"]
         return counts
+
+    def lacking(self, uris: Iterable[str]) -> list[str]:
+        """Those of `uris` without a row, in their order."""
+        wanted = pa.array(uris, pa.string())
+        has_row = pc.is_in(wanted, value_set=self.table["uri"])
+        lacking: list[str] = wanted.filter(pc.invert(has_row)).to_pylist()
+        return lacking
 
     def contents(self, sizes: npt.NDArray[np.int64]) -> Iterator[Content]:
         """The rows of recordings of one of these sizes whose MD5 is known."""
@@ -186,8 +194,10 @@ def _transcript_files(out: str) -> dict[str, str]:
     folder = transcripts_url(out)
     if not storage.exists(folder):
         return {}
-    found = storage.list_objects(folder)
-    return {o.uri: o.version for o in found if o.uri.endswith(".parquet")}
+    found = {o.uri: o.version for o in storage.list_objects(folder)}
+    if folder in found:
+        raise Fatal(f"{folder} is a file, and transcripts go into a folder there; move it away.")
+    return {url: version for url, version in found.items() if url.endswith(".parquet")}
 
 
 def _tables(urls: Sequence[str], columns: list[str]) -> Iterator[tuple[str, pa.Table]]:
@@ -324,10 +334,11 @@ def check_settings(out: str, settings: dict[str, Any]) -> bool:
     """Whether OUT is already claimed for `settings`; nothing is written.
 
     Raises:
-        Fatal: OUT was begun with others; the sentence names what differs.
+        Fatal: OUT was begun with others, or with nobody knows which; the sentence says so.
     """
     url = storage.join(out, "settings.json")
     if not storage.exists(url):
+        _check_rows(out, fingerprint(settings))
         return False
     try:
         before = json.loads(storage.read(url))
@@ -345,6 +356,22 @@ def check_settings(out: str, settings: dict[str, Any]) -> bool:
             " Use the same settings to go on with it, or another OUT."
         )
     return True
+
+
+def _check_rows(out: str, ours: str) -> None:
+    """Where settings.json is lost, the rows still tell whether they were made with the same.
+
+    Raises:
+        Fatal: they were not.
+    """
+    for url, table in _tables(sorted(_transcript_files(out)), ["config_fingerprint"]):
+        others = set(table["config_fingerprint"].to_pylist()) - {ours}
+        if others:
+            raise Fatal(
+                f"{out} has lost its settings.json, and holds transcripts made with other settings"
+                f" ({url}: config_fingerprint {min(map(str, others))}, not {ours})."
+                " Use the same settings to go on with it, or another OUT."
+            )
 
 
 def claim_settings(out: str, settings: dict[str, Any]) -> None:

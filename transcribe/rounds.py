@@ -73,7 +73,9 @@ def _round(
     with distributed.Round(shards, job, workers) as this_round:
         try:
             for outcome in this_round.outcomes():
-                if isinstance(outcome, SetAside):
+                if outcome is None:
+                    pass  # time goes by, and money
+                elif isinstance(outcome, SetAside):
                     _log_set_aside(outcome)
                     recovery.set_aside(outcome)
                 else:

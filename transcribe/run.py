@@ -13,7 +13,7 @@ import platform
 import secrets
 import threading
 import time
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
@@ -46,10 +46,10 @@ from transcribe.environment import environment
 from transcribe.errors import Fatal, TranscribeError
 from transcribe.forecast import comparable, kept
 from transcribe.monitor import EVERY_S, Monitor, Surroundings
-from transcribe.notify import Notifier
+from transcribe.notify import Notifier, Outbox
 from transcribe.page import run_page
 from transcribe.pipeline import Job, ShardSummary, peak_bytes
-from transcribe.planning import Actual, compared
+from transcribe.planning import Actual, compared, differing_settings
 from transcribe.printable import printable, redacted
 from transcribe.report import Ended, RunFacts, Totals, metric_rows, report
 from transcribe.rounds import work
@@ -178,12 +178,17 @@ def transcribe(
     if address is None:
         _refuse_unpriced(config, [THIS_MACHINE])
     say = _saying(console)
-    with _logging_to(console) as log, Claim(config.out, config.archive, say) as claim:
+    with (
+        _logging_to(console) as log,
+        Outbox(notifier or Notifier()) as outbox,
+        Claim(config.out, config.archive, say) as claim,
+    ):
         plan = prepare(config, say, claim.take)
         if not plan.shards and not plan.duplicates:
+            publish.claim_settings(config.out, plan.settings)  # it may have been lost
             nobody = distributed.Placement("cpu", 0)
             return _finish(plan, nobody, [], _Clock(), None, published=plan.published)
-        return execute(plan, address, console, log, notifier or Notifier())
+        return execute(plan, address, console, log, outbox)
 
 
 def _saying(console: Console) -> Callable[[str], None]:
@@ -242,7 +247,7 @@ class _Clock:
 
 
 def execute(
-    plan: Plan, address: str | None, console: Console, log: io.StringIO, notifier: Notifier
+    plan: Plan, address: str | None, console: Console, log: io.StringIO, outbox: Outbox
 ) -> dict[str, Any]:
     """Run the plan on Ray and write the report.
 
@@ -251,14 +256,14 @@ def execute(
         address: Ray cluster to join; None starts an embedded one.
         console: where progress goes.
         log: what has been logged so far; ends as the run's `log.txt`.
-        notifier: where news of the run goes.
+        outbox: where news of the run goes.
 
     Returns:
         The content of report.json.
 
     Raises:
         Fatal: no cluster, or nothing fits on it, and OUT is as it was; or a stage had to stop
-            the run, and what is published by then stays.
+            the run, or rows are gone from OUT, and what is published by then stays.
     """
     clock = _Clock()
     done: list[ShardSummary] = []
@@ -279,21 +284,24 @@ def execute(
             _refuse_unfit_nodes(config, say)
         # This machine is there from the start; a cluster's machines are paid once they are.
         since = clock.started if address is None else time.monotonic()
-        monitor = _monitor(plan, placement, address, notifier, since)
+        monitor = _monitor(plan, placement, address, outbox, since)
         publish.claim_settings(config.out, plan.settings)
         _write(plan, "config.json", _snapshot(plan))
         with _log_stored(plan, log), retries.patient(), monitor:
             job = _job(plan, placement)
+            _log_beginning(plan, placement)
             with _reported_unfinished(plan, placement, done, clock, monitor):
                 work(plan.shards, job, placement, console, done, monitor)
                 if not monitor.stopped:
                     _share(plan, job, placement, console, done, monitor)
+            _log_end(done)
     finally:
         distributed.disconnect()
     storage.sweep(config.out)
     settled = publish.settle(config.out)
-    ended: Ended = "budget" if monitor.stopped else "complete"
-    return _finish(
+    lacking = [] if monitor.stopped else settled.published.lacking(_uris(plan))
+    ended: Ended = "budget" if monitor.stopped else "stopped" if lacking else "complete"
+    result = _finish(
         plan,
         placement,
         done,
@@ -303,6 +311,44 @@ def execute(
         ended=ended,
         published=settled.published.counts,
     )
+    if lacking:
+        raise Fatal(
+            f"{len(lacking):,} recordings of this run have no row in {redacted(config.out)}"
+            f" (the first: {redacted(lacking[0])}): their files were taken away while it was at"
+            " work. Run the same command again."
+        )
+    return result
+
+
+def _uris(plan: Plan) -> Iterator[str]:
+    """Of all that the plan will give a row."""
+    for shard in plan.shards:
+        yield from (recording.uri for recording in shard.recordings)
+    yield from (duplicate.recording.uri for duplicate in plan.duplicates)
+
+
+def _log_beginning(plan: Plan, placement: distributed.Placement) -> None:
+    _LOG.info(
+        "run %s of %s into %s: %d of %d recordings, %d of them duplicates, in %d shards;"
+        " %s on %d workers (%s)",
+        plan.run_id,
+        redacted(plan.config.archive),
+        redacted(plan.config.out),
+        sum(len(shard.recordings) for shard in plan.shards) + len(plan.duplicates),
+        plan.archive_recordings,
+        len(plan.duplicates),
+        len(plan.shards),
+        plan.config.model,
+        placement.workers,
+        placement.device,
+    )
+
+
+def _log_end(done: Sequence[ShardSummary]) -> None:
+    totals = Totals()
+    for summary in done:
+        totals.add(summary)
+    _LOG.info("done: %d ok, %d empty, %d failed", totals.ok, totals.empty, totals.failed)
 
 
 @contextmanager
@@ -342,7 +388,7 @@ def _monitor(
     plan: Plan,
     placement: distributed.Placement,
     address: str | None,
-    notifier: Notifier,
+    outbox: Outbox,
     paid_since: float,
 ) -> Monitor:
     """What watches over the run, its bill and its limits.
@@ -377,7 +423,7 @@ def _monitor(
     price = prices.price_list(config.price_per_hour, config.machine_type)
     _refuse_unpriced(config, {node.kind for node in around.nodes()})
     limits = Limits(config.max_spend, config.max_hours)
-    return Monitor(begun, limits, Meter(price), notifier, around, paid_since)
+    return Monitor(begun, limits, Meter(price), outbox.put, around, paid_since)
 
 
 def _refuse_unpriced(config: RunConfig, kinds: Collection[str]) -> None:
@@ -530,7 +576,14 @@ def _predicted(plan: Plan, result: dict[str, Any]) -> dict[str, float | None]:
         processing_s=result["processing_seconds"],
         usd=result["cost"]["usd"],
     )
-    return compared(kept(plan.config.out) if result["recordings"] else None, actual)
+    forecast = kept(plan.config.out) if result["recordings"] else None
+    differing = differing_settings(forecast, actual)
+    if differing:
+        _LOG.warning(
+            "the forecast in OUT is of other settings (%s) and is not compared with this run",
+            ", ".join(differing),
+        )
+    return compared(forecast, actual)
 
 
 def _write(plan: Plan, name: str, content: dict[str, Any]) -> None:

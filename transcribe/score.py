@@ -157,6 +157,9 @@ def primary_subtag(language: str | None) -> str | None:
     return language.lower().replace("_", "-").split("-")[0] or None if language else None
 
 
+_APOSTROPHES = str.maketrans("\u2019\u02bc", "''")
+
+
 @functools.cache
 def _normaliser(language: str | None) -> Callable[[str], str]:
     try:
@@ -166,7 +169,8 @@ def _normaliser(language: str | None) -> Callable[[str], str]:
         raise _missing() from error
     if language == "en":
         english: Callable[[str], str] = EnglishTextNormalizer()
-        return english
+        # It knows contractions by the typewriter's apostrophe only; word processors write others.
+        return lambda text: english(text.translate(_APOSTROPHES))
     basic: Callable[[str], str] = BasicTextNormalizer(
         preserve_marks=True, split_letters=language in CHARACTER_LANGUAGES
     )

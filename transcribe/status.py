@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 
-from transcribe import publish, storage
+from transcribe import claims, publish, storage
 from transcribe.errors import BadAudio, Fatal
 from transcribe.progress import clock, hours
 
@@ -28,7 +28,8 @@ class Progress:
     """One heartbeat of a run: the fields are the keys of progress.json.
 
     Attributes:
-        state: `running`, `finished`, `stopped` (by its budget), `failed` or `interrupted`.
+        state: `running`, `finished`, `stopped` (by its budget), `failed` or `interrupted`; `dead`
+            is told by readers, never by the run.
         reason: why it ended, unless it finished.
         host: machine of the driver.
         updated_at: when this was written, seconds since 1970; likewise `started_at`.
@@ -104,7 +105,9 @@ def progress_url(out: str, run_id: str) -> str:
 
 
 def latest(out: str) -> list[Progress]:
-    """The newest run of OUT, and before it older ones that still seem alive.
+    """The newest run of OUT, and before it older ones of other archives that still seem alive.
+
+    A run whose process has ended on this very machine is told as dead at once.
 
     Raises:
         Fatal: OUT is not there, or no run has written there.
@@ -115,12 +118,19 @@ def latest(out: str) -> list[Progress]:
     if not storage.exists(folder):
         raise Fatal(f"{out} has no runs in it; name the OUT of `transcribe run`.")
     urls = [o.uri for o in storage.list_objects(folder) if o.uri.endswith(f"/{PROGRESS_FILE}")]
-    newest = sorted(urls)[-_RUNS_LOOKED_AT:]  # run ids begin with the time
-    found = [progress for url in newest for progress in _read(url)]
+    latest_urls = sorted(urls)[-_RUNS_LOOKED_AT:]  # run ids begin with the time
+    found = [progress for url in latest_urls for progress in _read(url)]
     if not found:
-        raise Fatal(f"No run in {out} has told its progress yet; try again in a minute.")
-    now = time.time()
-    return [p for p in found[:-1] if p.life(now) == "running"] + found[-1:]
+        raise Fatal(
+            f"No run in {out} has told its progress; try again in a minute if one has just begun,"
+            " or run the same command again if it was interrupted."
+        )
+    for progress in found:
+        if progress.state == "running" and claims.has_died(out, progress.archive):
+            progress.state = "dead"
+    now, newest_of = time.time(), {p.archive: p for p in found}  # one run of an archive at a time
+    older = [p for p in newest_of.values() if p is not found[-1] and p.life(now) == "running"]
+    return sorted(older, key=lambda p: p.run_id) + found[-1:]
 
 
 def _read(url: str) -> Iterator[Progress]:
@@ -154,7 +164,10 @@ def lines(progress: Progress, now: float) -> Iterator[tuple[str, str]]:
         f" ({shards:,} of {progress.planned_shards:,} shards)",
     )
     if progress.rtfx is not None:
-        yield "RTFx", f"{progress.rtfx:.1f} ({progress.workers} workers, {progress.device})"
+        yield (
+            "RTFx",
+            (f"{progress.rtfx:.1f} ({progress.workers} workers, {progress.device}; with start-up)"),
+        )
     if progress.life(now) == "running" and (left := progress.seconds_left) is not None:
         end = datetime.fromtimestamp(progress.updated_at + left, UTC)
         yield "time left", f"{clock(left)}, until {end:%Y-%m-%d %H:%M} UTC"

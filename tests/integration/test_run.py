@@ -14,6 +14,7 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 import soundfile
+import torch
 from typer.testing import CliRunner
 
 from transcribe import distributed, run
@@ -94,6 +95,12 @@ def test_an_out_that_is_a_file_is_refused_and_kept(small_archive, tmp_path):
 def test_an_unknown_model_is_refused(small_archive, tmp_path):
     result = transcribe(small_archive, tmp_path / "out", model="whisper-enormous")
     assert "whisper-enormous" in refused(result, tmp_path / "out")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_gpu_that_this_machine_lacks_is_not_waited_for(small_archive, tmp_path, shared_ray):
+    result = transcribe(small_archive, tmp_path / "out", "--device", "cuda")
+    assert "This machine has no GPU: leave --device out" in refused(result, tmp_path / "out")
 
 
 @pytest.mark.parametrize("address", ["127.0.0.1:1", "http://127.0.0.1:8265", "nonsense"])
@@ -237,16 +244,21 @@ def test_duplicates_of_what_cannot_be_read_are_tried_themselves(
     assert [row["duplicate_of"] for row in (a, b, c)] == [None] * 3
 
 
-def test_a_dual_mono_call_is_said_once(tmp_path, write_call, shared_ray):
+def test_a_dual_mono_call_is_said_once_and_by_nobody_in_particular(
+    tmp_path, write_call, shared_ray
+):
     archive, out = tmp_path / "calls", tmp_path / "out"
     archive.mkdir()
     write_call(archive / "mono.wav", 1)
     samples, rate = soundfile.read(archive / "mono.wav", always_2d=True)
     soundfile.write(archive / "mono.wav", samples[:, :1], rate, subtype="ULAW")
     soundfile.write(archive / "dual.wav", samples[:, [0, 0]], rate, subtype="ULAW")
-    result = transcribe(archive, out)
+    write_call(archive / "apart.wav", 2)
+    result = transcribe(archive, out, "--speakers", "agent,customer")
     assert result.exit_code == 0, result.output
-    dual, mono = rows_of(out)
+    apart, dual, mono = rows_of(out)
+    assert {s["channel"]: s["speaker"] for s in apart["segments"]} == {0: "agent", 1: "customer"}
+    assert {s["speaker"] for row in (dual, mono) for s in row["segments"]} == {None}
     assert dual["text"] == mono["text"] != ""
     assert [c["skipped"] for c in dual["coverage"]] == [0.0, dual["duration"]]
 
@@ -288,7 +300,7 @@ def test_an_engine_that_is_killed_comes_back(tmp_path, write_archive, shared_ray
     job = Job(config, plan.run_id, "fake", "fake", plan.config_fingerprint, "cpu")
     done = []
     with distributed.Round(plan.shards, job, workers=1) as this_round:
-        for summary in this_round.outcomes():
+        for summary in filter(None, this_round.outcomes()):
             if not done:
                 os.kill(int(summary.worker.rpartition(":")[2]), signal.SIGKILL)
             done.append(summary.shard_id)
@@ -317,6 +329,26 @@ def test_a_run_that_is_killed_is_finished_by_the_same_command(tmp_path, write_ar
     assert [row["uri"] for row in rows] == [str(p) for p in sorted(archive.iterdir())]
     assert len({row["run_id"] for row in rows}) == 2
     assert no_stray_files(out)
+
+
+def test_transcripts_that_are_taken_away_meanwhile_are_missed(tmp_path, write_archive, shared_ray):
+    archive, out = write_archive(tmp_path / "calls", 10), tmp_path / "out"
+    flags = ["--shard-minutes", "0.05", "--max-failed", "1"]
+    command = [sys.executable, "-m", "jobs.transcribe", str(archive), str(out)]
+    with subprocess.Popen(
+        [*command, "--model", "fake@5", *flags], stderr=subprocess.PIPE, text=True
+    ) as victim:
+        while victim.poll() is None and not list(out.glob("transcripts/*.parquet")):
+            time.sleep(0.02)
+        taken = next(out.glob("transcripts/*.parquet"))
+        gone = len(pq.read_table(taken))
+        taken.unlink()
+        _, stderr = victim.communicate(timeout=120)
+    assert victim.returncode == 2, stderr
+    assert stderr.startswith(f"Error: {gone} recordings of this run have no row in {out}")
+    assert the_report(out)["ended"] == "stopped"
+    assert transcribe(archive, out, *flags, model="fake@5").exit_code == 0
+    assert [row["uri"] for row in rows_of(out)] == [str(p) for p in sorted(archive.iterdir())]
 
 
 @pytest.mark.parametrize("first_rows", [True, False], ids=["at work", "starting"])

@@ -287,7 +287,7 @@ def test_wav_cut_in_the_middle_says_how_much_is_missing():
     audio = decode(data[: 44 + 32000], "a.wav")
     assert audio.duration_s == 1.0
     assert audio.problem is not None and audio.problem.kind == "truncated"
-    assert "1.0 s are missing" in audio.problem.message
+    assert "1.000 s are missing" in audio.problem.message
 
 
 def test_wav_with_no_sound_but_other_chunks_has_no_samples():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import subprocess
 import threading
 import time
 from dataclasses import replace
@@ -15,10 +16,10 @@ from typer.testing import CliRunner
 from tests.unit.test_report import SUMMARY
 from transcribe import status
 from transcribe.budget import Limits, Meter, PaidMachine
+from transcribe.claims import Claim
 from transcribe.cli import app
 from transcribe.errors import Fatal, Transient
 from transcribe.monitor import Monitor, Surroundings
-from transcribe.notify import Notifier
 from transcribe.status import Progress
 
 BEGUN = Progress(
@@ -38,15 +39,13 @@ BEGUN = Progress(
 )
 
 
-class Told(Notifier):
-    """A notifier that remembers."""
+class Told:
+    """An outbox that remembers."""
 
     def __init__(self) -> None:
-        object.__setattr__(self, "url", None)
-        object.__setattr__(self, "command", ())
         TOLD.clear()
 
-    def send(self, event: str, text: str, facts: Any) -> None:
+    def put(self, event: str, text: str, facts: Any) -> None:
         TOLD.append((event, text))
 
 
@@ -59,7 +58,7 @@ def monitor_of(put, limits=Limits(), price=3600.0, **changes) -> Monitor:  # noq
     begun = replace(BEGUN, started_at=now, updated_at=now, failures={}, **changes)
     nodes = [PaidMachine("n", "box", 2)]
     around = Surroundings(put, lambda: nodes, lambda _: None)
-    return Monitor(begun, limits, Meter(lambda _: price), Told(), around, time.monotonic())
+    return Monitor(begun, limits, Meter(lambda _: price), Told().put, around, time.monotonic())
 
 
 def summary(**changes):
@@ -227,10 +226,28 @@ def test_the_state_is_told_by_word_or_by_silence(out, changes, said) -> None:
 def test_the_newest_run_is_shown_and_older_ones_that_are_alive(out) -> None:
     now = time.time()
     out(run_id="20260101T000000Z-aaaa", state="finished", started_at=now, updated_at=now)
-    out(run_id="20260201T000000Z-bbbb", started_at=now, updated_at=now)
+    out(
+        run_id="20260115T000000Z-dddd", started_at=now, updated_at=now
+    )  # died: the next is its heir
+    out(run_id="20260201T000000Z-bbbb", started_at=now, updated_at=now, archive="/other")
     folder = out(run_id="20260301T000000Z-cccc", state="finished", started_at=now, updated_at=now)
     ids = [progress.run_id for progress in status.latest(str(folder))]
     assert ids == ["20260201T000000Z-bbbb", "20260301T000000Z-cccc"]
+
+
+def test_a_run_whose_process_is_gone_is_dead_at_once(out) -> None:
+    now = time.time()
+    folder = out(started_at=now, updated_at=now)
+    with subprocess.Popen(["sleep", "60"]) as process:
+        with Claim(str(folder), BEGUN.archive, print) as claim:
+            claim.take()
+            left = next(folder.glob("runs/alive-*.json"))
+            content = json.loads(left.read_bytes())
+        assert shown(folder)["state"].startswith("running")
+        content["pid"] = process.pid  # some other process than the one that began then
+        left.write_text(json.dumps(content))
+        process.kill()
+    assert shown(folder)["state"].startswith("dead: no sign of life for 0:0")
 
 
 @pytest.mark.parametrize("content", [b"{", b"[]", b'{"run_id": 1}'])

@@ -7,24 +7,28 @@ import hmac
 import json
 import sys
 import threading
+import time
 from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, HTTPServer
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
 
 import pytest
 
 from transcribe import notify
 from transcribe.errors import Fatal
-from transcribe.notify import Notifier, notifier
+from transcribe.notify import Notifier, Outbox, notifier
 
 SECRET = "s3cr3t-of-the-test"
 
 
-class Received(HTTPServer):
+class Received(ThreadingHTTPServer):
     """Remembers what is posted; answers with the statuses it is told, then 200."""
 
     def __init__(self) -> None:
         super().__init__(("127.0.0.1", 0), _Handler)
         self.statuses: list[int] = []
+        self.body_s = 0.0  # how long the body of an answer takes, if nothing ends it
+        self.ended = threading.Event()
         self.posts: list[tuple[str, dict[str, str], bytes]] = []
 
     @property
@@ -40,7 +44,10 @@ class _Handler(BaseHTTPRequestHandler):
         self.server.posts.append((self.path, dict(self.headers), body))
         self.send_response(self.server.statuses.pop(0) if self.server.statuses else 200)
         self.send_header("Location", "http://127.0.0.1:9/elsewhere")
+        if self.server.body_s:
+            self.send_header("Content-Length", "1000")
         self.end_headers()
+        self.server.ended.wait(self.server.body_s)
 
     def log_message(self, *_: object) -> None:
         pass
@@ -116,6 +123,36 @@ def test_a_command_gets_the_message_without_a_shell_and_without_the_secret(
     said = target.read_text()
     assert said.startswith('{"event": "stopped", "text": "It stopped."}$HOME; rm -rf *')
     assert SECRET not in said
+
+
+def test_whoever_takes_no_end_holds_up_neither_the_run_nor_the_next_message(
+    server: Received, monkeypatch, caplog
+) -> None:
+    monkeypatch.setattr(notify, "_MESSAGE_S", 0.5)
+    never = threading.Event()
+    send = Notifier.send
+
+    def first_hangs(self: Notifier, event: str, text: str, facts: Any) -> None:
+        if event == "budget":
+            never.wait(60)
+        send(self, event, text, facts)
+
+    monkeypatch.setattr(Notifier, "send", first_hangs)
+    with Outbox(Notifier(server.url)) as outbox:
+        outbox.put("budget", "half", {})
+        outbox.put("finished", "all", {})
+        assert not server.posts  # nothing was waited for
+    assert [json.loads(body)["event"] for _, _, body in server.posts] == ["finished"]
+    assert told(caplog) == "--notify: a message was not taken within 0 s"
+    never.set()
+
+
+def test_an_answer_without_an_end_is_an_answer(server: Received, monkeypatch) -> None:
+    server.body_s = 60.0
+    begun = time.monotonic()
+    Notifier(server.url).send("finished", "x", {})
+    assert len(server.posts) == 1 and time.monotonic() - begun < 30
+    server.ended.set()
 
 
 def test_a_command_that_fails_is_a_warning(caplog) -> None:

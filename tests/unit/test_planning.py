@@ -13,7 +13,16 @@ from hypothesis import strategies as st
 from transcribe import planning
 from transcribe.archive import Recording
 from transcribe.errors import Fatal
-from transcribe.planning import Actual, Pace, compared, here, makespan, ratio, shapes
+from transcribe.planning import (
+    Actual,
+    Pace,
+    compared,
+    differing_settings,
+    here,
+    makespan,
+    ratio,
+    shapes,
+)
 from transcribe.prices import load_catalogue, price_list
 from transcribe.shards import plan_shards
 from transcribe.survey import Interval, Seen, Survey, spread, total_seconds, with_durations
@@ -296,6 +305,14 @@ def test_a_forecast_is_compared_with_what_came_true() -> None:
         "processing_seconds_error": pytest.approx(-0.1),
         "usd_error": pytest.approx(-0.2),
     }
+
+
+def test_settings_that_tell_a_forecast_from_a_run_are_named() -> None:
+    assert differing_settings(PLAN, ACTUAL) == []
+    other = replace(ACTUAL, settings={**ACTUAL.settings, "words": "x"})
+    assert differing_settings(PLAN, other) == ["words"]
+    assert differing_settings(PLAN, replace(other, recordings=ACTUAL.recordings + 1)) == []
+    assert differing_settings(None, other) == []
 
 
 @pytest.mark.parametrize(

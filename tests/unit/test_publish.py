@@ -15,7 +15,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from transcribe import publish, schema, storage
+from transcribe import config, publish, schema, storage
 from transcribe.errors import Fatal, Transient
 
 NOON = datetime(2026, 3, 1, 12, tzinfo=UTC)
@@ -359,6 +359,33 @@ def test_damaged_settings_are_refused_by_name_and_kept(out: str, content: bytes)
     with pytest.raises(Fatal, match=r"settings\.json is damaged"):
         publish.claim_settings(out, SETTINGS)
     assert files(out) == {"settings.json": content}
+
+
+def test_lost_settings_are_told_by_the_rows(out: str) -> None:
+    mine, shard = config.fingerprint(SETTINGS), publish.publish_shard(out, "abc", [])
+    publish.publish_shard(out, "abc", [{**row("/a"), "config_fingerprint": mine}])
+    publish.claim_settings(out, SETTINGS)
+    Path(out, "settings.json").unlink()
+    with pytest.raises(Fatal, match=r"has lost its settings\.json") as refused:
+        publish.claim_settings(out, {**SETTINGS, "language": "de"})
+    assert mine in str(refused.value) and shard in str(refused.value)
+    publish.claim_settings(out, SETTINGS)
+    assert publish.check_settings(out, SETTINGS)
+
+
+def test_a_file_where_the_folder_of_transcripts_belongs_is_named(out: str) -> None:
+    storage.put(f"{out}/transcripts", b"mine")
+    with pytest.raises(Fatal, match=f"{out}/transcripts is a file"):
+        publish.check_settings(out, SETTINGS)
+    assert files(out) == {"transcripts": b"mine"}
+
+
+def test_what_has_no_row_is_told(out: str) -> None:
+    publish.publish_shard(out, "abc", [row("/a"), row("/b", status="failed")])
+    there = publish.read_published(out)
+    assert there.lacking(uri for uri in ("/c", "/a", "/0", "/b")) == ["/c", "/0"]
+    assert there.lacking([]) == []
+    assert publish.read_published(f"{out}/none").lacking(["/a"]) == ["/a"]
 
 
 def test_damaged_settings_are_told_from_other_json(out: str) -> None:

@@ -31,6 +31,11 @@ def test_english_spelling_numbers_and_punctuation_are_not_errors():
     assert score_texts([said], ["color please $35"], ["en-US"]).errors == 0
 
 
+def test_an_apostrophe_of_a_word_processor_is_no_error():
+    score = score_texts(["it\u2019s beauty\u2019s, I\u02bcve"], ["It's beauty's, I've"], ["en"])
+    assert (score.errors, score.words) == (0, 6)
+
+
 def test_rates_are_pooled_over_words_not_averaged_over_recordings():
     score = score_texts(["one", "a b c d e f g h i"], ["two", "a b c d e f g h i"], ["de", "de"])
     assert score.wer == pytest.approx(1 / 10)
