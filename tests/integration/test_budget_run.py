@@ -24,17 +24,17 @@ def test_a_budget_stops_a_run_and_the_same_command_goes_on(
 ):
     archive, out = write_archive(tmp_path / "calls", 6), tmp_path / "out"
     told = tmp_path / "told"
-    # Some seconds a call, and a dollar a second: the first shard is all there is money for.
-    flags = ["--model", "fake@2", "--price-per-hour", "3600", "--max-spend", "0.5"]
+    # A dollar a second: money for the start and some calls, of some seconds each, not for all.
+    flags = ["--model", "fake@0.5", "--price-per-hour", "3600", "--max-spend", "15"]
     first = transcribe(archive, out, *flags, "--notify-command", f"tee -a {told}")
     assert first.exit_code == 3, first.output
     last = first.stdout.splitlines()[-1]
-    assert last.startswith("Stopped: --max-spend 0.5 is used up; what is published stays.")
+    assert last.startswith("Stopped: --max-spend 15 is used up; what is published stays.")
     assert "Run the same command again to go on." in last
     assert "cost            $" in first.stdout
 
     (report,) = reports(out)
-    assert report["budget_reached"] == "--max-spend 0.5 is used up"
+    assert report["budget_reached"] == "--max-spend 15 is used up"
     done = pq.read_table(out / "transcripts").num_rows
     assert report["ended"] == "budget"
     assert 0 < done == report["recordings"] < 8

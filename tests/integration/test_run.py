@@ -97,12 +97,6 @@ def test_an_unknown_model_is_refused(small_archive, tmp_path):
     assert "whisper-enormous" in refused(result, tmp_path / "out")
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-def test_a_gpu_that_this_machine_lacks_is_not_waited_for(small_archive, tmp_path, shared_ray):
-    result = transcribe(small_archive, tmp_path / "out", "--device", "cuda")
-    assert "This machine has no GPU: leave --device out" in refused(result, tmp_path / "out")
-
-
 @pytest.mark.parametrize("address", ["127.0.0.1:1", "http://127.0.0.1:8265", "nonsense"])
 def test_a_cluster_that_is_not_there_is_refused_at_once(small_archive, tmp_path, address):
     result = transcribe(small_archive, tmp_path / "out", "--address", address)
@@ -110,6 +104,12 @@ def test_a_cluster_that_is_not_there_is_refused_at_once(small_archive, tmp_path,
 
 
 # ---------------------------------------------------------------- the life of one OUT
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_gpu_that_this_machine_lacks_is_not_waited_for(small_archive, tmp_path, shared_ray):
+    result = transcribe(small_archive, tmp_path / "out", "--device", "cuda")
+    assert "This machine has no GPU: leave --device out" in refused(result, tmp_path / "out")
 
 
 def test_from_first_run_to_a_changed_archive(tmp_path, write_archive, write_call, shared_ray):
