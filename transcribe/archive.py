@@ -90,7 +90,12 @@ def list_archive(archive: str) -> Recordings:
         Transient: the store does not answer, after retries.
     """
     url = storage.absolute(archive)
-    if _extension(url) in MANIFESTS and storage.info(url) is not None:
+    if _extension(url) in _TABLES and storage.info(url) is not None:
+        if _extension(url) not in MANIFESTS:
+            raise Fatal(
+                f"{url} is neither audio nor a manifest; a manifest is CSV, JSONL (an object on"
+                " each line) or Parquet."
+            )
         return Recordings.of(_from_manifest(url)).sorted()
     return Recordings.of(_from_listing(url)).sorted()
 

@@ -65,6 +65,8 @@ def test_nothing_to_transcribe_is_one_sentence(tmp_path: Path) -> None:
     _fill(tmp_path, "a.json", "b.json")
     with pytest.raises(Fatal, match=r"no recordings in .*\.json 2"):
         list_archive(str(tmp_path))
+    with pytest.raises(Fatal, match=r"a\.json is neither audio nor a manifest"):
+        list_archive(str(tmp_path / "a.json"))
     with pytest.raises(Fatal, match="does not exist"):
         list_archive(f"{tmp_path}/none")
 
