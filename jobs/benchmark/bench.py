@@ -152,7 +152,7 @@ def _write(file: Path, text: str) -> None:
 
 def table(report: dict[str, Any]) -> list[str]:
     """The result in lines of plain text."""
-    head = ("", "RTFx", "min to max", "CPU s/h", "WER", "memory", "ours is", "layout")
+    head = ("", "RTFx", "min to max", "CPU s/h", "WER", "memory", "ours / this", "layout")
     lines = [head, *(_line(row) for row in report["contenders"])]
     widths = [max(len(line[i]) for line in lines) for i in range(len(head))]
     return ["  ".join(c.ljust(w) for c, w in zip(line, widths, strict=True)) for line in lines]
