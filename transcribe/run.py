@@ -18,6 +18,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from functools import partial
+from itertools import chain
 from typing import Any
 
 import pyarrow as pa
@@ -50,7 +51,7 @@ from transcribe.notify import Notifier, Outbox
 from transcribe.page import run_page
 from transcribe.pipeline import Job, ShardSummary, peak_bytes
 from transcribe.planning import Actual, compared, differing_settings
-from transcribe.printable import printable, redacted
+from transcribe.printable import printable, redacted, without_secrets
 from transcribe.report import Ended, RunFacts, Totals, metric_rows, report
 from transcribe.rounds import work
 from transcribe.shards import Shard, plan_shards
@@ -321,10 +322,10 @@ def execute(
 
 
 def _uris(plan: Plan) -> Iterator[str]:
-    """Of all that the plan will give a row."""
-    for shard in plan.shards:
-        yield from (recording.uri for recording in shard.recordings)
-    yield from (duplicate.recording.uri for duplicate in plan.duplicates)
+    """The `uri` of every row that the plan will give."""
+    recordings = chain.from_iterable(shard.recordings for shard in plan.shards)
+    for recording in chain(recordings, (duplicate.recording for duplicate in plan.duplicates)):
+        yield without_secrets(recording.uri)
 
 
 def _log_beginning(plan: Plan, placement: distributed.Placement) -> None:

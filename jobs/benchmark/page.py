@@ -111,7 +111,15 @@ def _speeds(rows: Sequence[Mapping[str, Any]]) -> Section:
 
 def _table(rows: Sequence[Mapping[str, Any]]) -> Section:
     priced = any(row["cost_per_1000_hours"] is not None for row in rows)
-    head = ["", "RTFx", "slowest to fastest", "ours / this", "CPU s per audio hour", "WER", "memory"]
+    head = [
+        "",
+        "RTFx",
+        "slowest to fastest",
+        "ours / this",
+        "CPU s per audio hour",
+        "WER",
+        "memory",
+    ]
     lines = [head + (["cost per 1,000 h"] if priced else []) + ["layout", "files"]]
     for row in rows:
         line = [
