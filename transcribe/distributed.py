@@ -636,9 +636,11 @@ class Round:
 def _dataset(shards: Sequence[Shard], job: Job, workers: int, watch: Any) -> ray.data.Dataset:
     """The three stages over one row, one block, for each shard."""
     _quieten_ray_data()
+    # The longest first, so that at the end nobody waits long for the last one.
+    ordered = sorted(shards, key=lambda shard: shard.duration_s, reverse=True)
     return (
         ray.data.from_items(
-            [{"shard": pickle.dumps(shard)} for shard in shards],
+            [{"shard": pickle.dumps(shard)} for shard in ordered],
             override_num_blocks=max(1, len(shards)),
         )
         .flat_map(
@@ -653,11 +655,11 @@ def _dataset(shards: Sequence[Shard], job: Job, workers: int, watch: Any) -> ray
             num_cpus=_GPU_ENGINE_CPUS if job.device == "cuda" else _ENGINE_CPUS,
             num_gpus=1 if job.device == "cuda" else None,
         )
-        # As many as there are engines: a share this small would let Ray start any number.
+        # Told how many: a share this small would let Ray start any number.
         .map(
             functools.partial(_publish, job=job, watch=watch),
             num_cpus=_PUBLISH_CPUS,
-            concurrency=workers,
+            concurrency=_decode_tasks(job, workers) or workers,
         )
     )
 
@@ -666,7 +668,8 @@ def _decode_tasks(job: Job, workers: int) -> int | None:
     """Decode tasks at once on an embedded cluster's CPU; None for as many as find a place.
 
     There they take turns with the engines on the same cores. More than needed would decode far
-    ahead, and above all delay the engines' start: each begins with imports of seconds.
+    ahead, and above all delay the engines' start: each begins with imports of seconds. The same
+    holds for publishing.
     """
     is_shared = job.device == "cpu" and _is_oversubscribed()
     return -(-workers // _ENGINES_FED) if is_shared else None
