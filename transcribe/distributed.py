@@ -45,7 +45,7 @@ from transcribe.errors import Fatal, TranscribeError
 from transcribe.pipeline import DecodedPart, Job, RecognisedPart, ShardSummary
 from transcribe.preflight import Node, NodeFacts, node_facts
 from transcribe.recovery import SetAside
-from transcribe.shards import Shard
+from transcribe.shards import Shard, longest_first
 from transcribe.status import Progress
 from transcribe.watch import Answer, Look, Stage, Watch, Work, Worker
 
@@ -636,11 +636,9 @@ class Round:
 def _dataset(shards: Sequence[Shard], job: Job, workers: int, watch: Any) -> ray.data.Dataset:
     """The three stages over one row, one block, for each shard."""
     _quieten_ray_data()
-    # The longest first, so that at the end nobody waits long for the last one.
-    ordered = sorted(shards, key=lambda shard: shard.duration_s, reverse=True)
     return (
         ray.data.from_items(
-            [{"shard": pickle.dumps(shard)} for shard in ordered],
+            [{"shard": pickle.dumps(shard)} for shard in longest_first(shards)],
             override_num_blocks=max(1, len(shards)),
         )
         .flat_map(

@@ -14,7 +14,7 @@ from typing import Any
 
 from transcribe.config import cpu_engines
 from transcribe.prices import Catalogue, Machine, Price, Speed
-from transcribe.shards import Shard
+from transcribe.shards import Shard, longest_first
 from transcribe.survey import Interval, Survey
 
 BOOT_HOURS = 6 / 60  # from asking for a machine until an engine works: paid, and waited for
@@ -120,12 +120,13 @@ def here(
     audio_s: Interval, shards: Sequence[Shard], pace: Pace, usd_per_hour: float | None
 ) -> Here:
     """How long the shards take on the machine of the trial run."""
-    planned_s = sum(s.duration_s for s in shards)
-    engines_s = makespan((s.duration_s * pace.engine_s.value for s in shards), pace.workers)
+    lengths = [s.duration_s for s in longest_first(shards)]
+    planned_s = sum(lengths)
+    engines_s = makespan((s * pace.engine_s.value for s in lengths), pace.workers)
     # The bounds: how sure the audio and the pace are, on what the shards come to.
     work = audio_s.times(pace.engine_s)
     scale = engines_s / (planned_s * pace.engine_s.value) if planned_s and engines_s else 0.0
-    first_s = shards[0].duration_s * pace.decode_s if shards else 0.0
+    first_s = lengths[0] * pace.decode_s if lengths else 0.0
     again = Interval(1.0, 1 / _SAME_AGAIN, _SAME_AGAIN)
     processing = work.times(scale).times(again).plus(first_s + pace.overhead_s)
     total = processing.plus(pace.startup_s)

@@ -51,6 +51,11 @@ def plan_shards(recordings: Iterable[Recording], shard_minutes: float | None = N
     return [Shard(shard_id(group), group) for group in groups]
 
 
+def longest_first(shards: Iterable[Shard]) -> list[Shard]:
+    """In the order of work: at the end nobody waits long for the last one."""
+    return sorted(shards, key=lambda shard: shard.duration_s, reverse=True)
+
+
 def _groups(durations: Sequence[float], limit_s: float) -> Iterator[tuple[int, int]]:
     """First and behind last of what is put together."""
     start, seconds = 0, 0.0
