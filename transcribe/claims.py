@@ -185,8 +185,11 @@ class Claim:
 
 
 def has_died(out: str, archive: str) -> bool:
-    """Whether a run of `archive` ended without goodbye: only known on the machine it ran on."""
-    holder = _holder(_url(storage.absolute(out), redacted(archive)))
+    """Whether a run of `archive` (as it tells it, without secrets) ended without goodbye.
+
+    Only known on the machine it ran on.
+    """
+    holder = _holder(_url(out, archive))
     return holder is not None and holder.is_gone()
 
 

@@ -278,7 +278,7 @@ def compared(plan: dict[str, Any] | None, actual: Actual) -> dict[str, float | N
 
 def differing_settings(plan: dict[str, Any] | None, actual: Actual) -> list[str]:
     """Names of the settings by which a forecast of as many recordings is not of this run."""
-    if plan is None or plan["recordings"] + plan["repeated"] != actual.recordings:
+    if plan is None or not _is_of_as_many(plan, actual):
         return []
     theirs = plan["settings"]
     names = {*theirs, *actual.settings}
@@ -287,7 +287,12 @@ def differing_settings(plan: dict[str, Any] | None, actual: Actual) -> list[str]
 
 def _is_of(plan: dict[str, Any], actual: Actual) -> bool:
     same_settings: bool = plan["settings"] == actual.settings
-    return same_settings and plan["recordings"] + plan["repeated"] == actual.recordings
+    return same_settings and _is_of_as_many(plan, actual)
+
+
+def _is_of_as_many(plan: dict[str, Any], actual: Actual) -> bool:
+    as_many: bool = plan["recordings"] + plan["repeated"] == actual.recordings
+    return as_many
 
 
 def _error(predicted: float | None, actual: float | None) -> float | None:

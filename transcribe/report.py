@@ -44,6 +44,14 @@ class Totals:
     work: EngineWork = field(default_factory=EngineWork)
     failures: dict[str, int] = field(default_factory=dict)
 
+    @classmethod
+    def of(cls, summaries: Iterable[ShardSummary]) -> Totals:
+        """The sums over some shards."""
+        totals = cls()
+        for summary in summaries:
+            totals.add(summary)
+        return totals
+
     def add(self, summary: ShardSummary) -> None:
         """Count one more shard."""
         self.shards += 1

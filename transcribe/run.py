@@ -77,6 +77,11 @@ class Plan:
     duplicates: list[Duplicate]
 
     @property
+    def planned_recordings(self) -> int:
+        """Recordings that get a row, duplicates included."""
+        return sum(len(shard.recordings) for shard in self.shards) + len(self.duplicates)
+
+    @property
     def config_fingerprint(self) -> str:
         """Fingerprint of the settings that change results."""
         return fingerprint(self.settings)
@@ -335,7 +340,7 @@ def _log_beginning(plan: Plan, placement: distributed.Placement) -> None:
         plan.run_id,
         redacted(plan.config.archive),
         redacted(plan.config.out),
-        sum(len(shard.recordings) for shard in plan.shards) + len(plan.duplicates),
+        plan.planned_recordings,
         plan.archive_recordings,
         len(plan.duplicates),
         len(plan.shards),
@@ -346,9 +351,7 @@ def _log_beginning(plan: Plan, placement: distributed.Placement) -> None:
 
 
 def _log_end(done: Sequence[ShardSummary]) -> None:
-    totals = Totals()
-    for summary in done:
-        totals.add(summary)
+    totals = Totals.of(done)
     _LOG.info("done: %d ok, %d empty, %d failed", totals.ok, totals.empty, totals.failed)
 
 
@@ -409,7 +412,7 @@ def _monitor(
         workers=min(placement.workers, len(plan.shards)),
         archive_recordings=plan.archive_recordings,
         already_transcribed=plan.already_transcribed,
-        planned_recordings=sum(len(s.recordings) for s in plan.shards) + len(plan.duplicates),
+        planned_recordings=plan.planned_recordings,
         planned_shards=len(plan.shards),
         planned_seconds=sum(s.duration_s for s in plan.shards),
         max_spend=config.max_spend,
@@ -530,9 +533,7 @@ def _finish(
         # Workers' clocks tell when work began: what lies before is start-up.
         first = min(summary.started_at for summary in summaries)
         clock.first_work = max(clock.started, time.monotonic() - (time.time() - first))
-    totals = Totals()
-    for summary in summaries:
-        totals.add(summary)
+    totals = Totals.of(summaries)
     now = time.monotonic()
     facts = RunFacts(
         run_id=plan.run_id,

@@ -129,8 +129,8 @@ def latest(out: str) -> list[Progress]:
         if progress.state == "running" and claims.has_died(out, progress.archive):
             progress.state = "dead"
     now, newest_of = time.time(), {p.archive: p for p in found}  # one run of an archive at a time
-    older = [p for p in newest_of.values() if p is not found[-1] and p.life(now) == "running"]
-    return sorted(older, key=lambda p: p.run_id) + found[-1:]
+    running = [p for p in found if p is newest_of[p.archive] and p.life(now) == "running"]
+    return [p for p in running if p is not found[-1]] + found[-1:]
 
 
 def _read(url: str) -> Iterator[Progress]:
@@ -164,10 +164,8 @@ def lines(progress: Progress, now: float) -> Iterator[tuple[str, str]]:
         f" ({shards:,} of {progress.planned_shards:,} shards)",
     )
     if progress.rtfx is not None:
-        yield (
-            "RTFx",
-            (f"{progress.rtfx:.1f} ({progress.workers} workers, {progress.device}; with start-up)"),
-        )
+        at_work = f"{progress.workers} workers, {progress.device}; with start-up"
+        yield "RTFx", f"{progress.rtfx:.1f} ({at_work})"
     if progress.life(now) == "running" and (left := progress.seconds_left) is not None:
         end = datetime.fromtimestamp(progress.updated_at + left, UTC)
         yield "time left", f"{clock(left)}, until {end:%Y-%m-%d %H:%M} UTC"

@@ -226,9 +226,8 @@ def test_the_state_is_told_by_word_or_by_silence(out, changes, said) -> None:
 def test_the_newest_run_is_shown_and_older_ones_that_are_alive(out) -> None:
     now = time.time()
     out(run_id="20260101T000000Z-aaaa", state="finished", started_at=now, updated_at=now)
-    out(
-        run_id="20260115T000000Z-dddd", started_at=now, updated_at=now
-    )  # died: the next is its heir
+    # Died: the newest is its heir.
+    out(run_id="20260115T000000Z-dddd", started_at=now, updated_at=now)
     out(run_id="20260201T000000Z-bbbb", started_at=now, updated_at=now, archive="/other")
     folder = out(run_id="20260301T000000Z-cccc", state="finished", started_at=now, updated_at=now)
     ids = [progress.run_id for progress in status.latest(str(folder))]
