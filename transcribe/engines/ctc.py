@@ -12,12 +12,13 @@ nobody speaks, so `no_speech_prob` is always 0.
 from __future__ import annotations
 
 import itertools
+import math
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -33,8 +34,9 @@ from transcribe.engines.base import (
     HypothesisWord,
 )
 from transcribe.engines.fitting import Fitting
+from transcribe.engines.grouped_conv import GroupedConv, is_slow
 from transcribe.engines.int8 import Int8Linear, is_supported
-from transcribe.engines.lanes import Lane, Mark, Replay, on_host, to_device
+from transcribe.engines.lanes import Lane, Mark, Replay, on_host, precision, to_device
 from transcribe.engines.whisper_tokens import compression_ratio
 from transcribe.engines.word_edges import sharpened
 from transcribe.errors import Fatal
@@ -55,8 +57,7 @@ _SUBWORD_START = "▁"  # SentencePiece's mark of a word's first token
 _Samples = npt.NDArray[np.int16]
 
 
-@dataclass(frozen=True, slots=True)
-class _Token:
+class _Token(NamedTuple):
     """A recognised token: frames `first` to `end` (excluded) and its mean log-probability."""
 
     id: int
@@ -291,7 +292,7 @@ class CTC:
                 assert frames.log_probs is not None
                 tokens = self._with_language_model(frames.log_probs[i, :n])
             else:
-                tokens = self._collapse(frames.ids[i, :n].tolist(), frames.best[i, :n].tolist())
+                tokens = self._collapse(frames.ids[i, :n].numpy(), frames.best[i, :n].numpy())
                 if self._words:
                     assert frames.log_probs is not None
                     spoken = [token.id for token in tokens]
@@ -300,18 +301,18 @@ class CTC:
         self.work.decoder_s += time.perf_counter() - started
         return hypotheses
 
-    def _collapse(self, ids: Sequence[int], logprobs: Sequence[float]) -> list[_Token]:
+    def _collapse(
+        self, ids: npt.NDArray[np.int64], logprobs: npt.NDArray[np.float32]
+    ) -> list[_Token]:
         """Greedy path -> tokens: runs of one id are one token, blanks are none."""
-        tokens = []
-        first = 0
-        for end in range(1, len(ids) + 1):
-            if end < len(ids) and ids[end] == ids[first]:
-                continue
-            if ids[first] != self._vocabulary.blank:
-                mean = sum(logprobs[first:end]) / (end - first)
-                tokens.append(_Token(ids[first], first, end, mean))
-            first = end
-        return tokens
+        if not len(ids):
+            return []
+        edges = np.flatnonzero(np.diff(ids)) + 1
+        firsts = np.concatenate([[0], edges])
+        ends = np.concatenate([edges, [len(ids)]])
+        means = np.add.reduceat(logprobs, firsts, dtype=np.float64) / (ends - firsts)
+        runs = zip(*(part.tolist() for part in (ids[firsts], firsts, ends, means)), strict=True)
+        return [_Token._make(run) for run in runs if run[0] != self._vocabulary.blank]
 
     def _with_language_model(self, log_probs: Tensor) -> list[_Token]:
         """Beam search with the n-gram, then the tokens of its text aligned to the frames."""
@@ -359,7 +360,7 @@ def _timed_words(
         after = (last[i] + (first[i + 1] if i + 1 < len(words) else duration_s)) / 2
         start = max(before, first[i] - _MAX_BEYOND_PEAK_S)
         end = min(after, last[i] + _MAX_BEYOND_PEAK_S, duration_s)
-        probability = float(np.mean(np.exp([t.logprob for t in tokens])))
+        probability = sum(math.exp(t.logprob) for t in tokens) / len(tokens)
         start = min(start, duration_s)
         timed.append(HypothesisWord(text, start, max(start, end), min(1.0, probability)))
     return timed
@@ -447,7 +448,8 @@ class _Vocabulary:
                 words.append((text, [token]))
             else:
                 before, members = words[-1]
-                words[-1] = (before + text, [*members, token])
+                members.append(token)
+                words[-1] = (before + text, members)
             is_new = False
         return [(text, members) for text, members in words if text]
 
@@ -464,16 +466,13 @@ def _padded_length(n_samples: int) -> int:
 def _load_model(model: Model, device: str) -> Any:
     from transformers import AutoModelForCTC
 
-    dtype = torch.float32
-    if device != "cpu":
-        dtype = torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
     try:
         loaded: Any = AutoModelForCTC.from_pretrained(
             str(model.path),
             use_safetensors=True,
             local_files_only=True,
             trust_remote_code=False,
-            dtype=dtype,
+            dtype=precision(device),
         )
     except Exception as error:  # transformers and safetensors raise whatever they like
         raise Fatal(
@@ -481,7 +480,11 @@ def _load_model(model: Model, device: str) -> Any:
         ) from None
     if device == "cpu" and is_supported():
         _quantise(loaded)
-    return loaded.to(device).eval()
+    loaded = loaded.to(device).eval()
+    if device != "cpu":
+        for module in filter(is_slow, loaded.modules()):
+            module.forward = GroupedConv(module)
+    return loaded
 
 
 def _quantise(model: Any) -> None:

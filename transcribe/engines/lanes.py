@@ -133,6 +133,17 @@ class Replay:
         (self._captured or self._work)()
 
 
+def precision(device: str) -> torch.dtype:
+    """What a device computes fast: float32 on a CPU, bfloat16 on a GPU, float16 on an older one.
+
+    Before Ampere PyTorch would emulate bfloat16.
+    """
+    if torch.device(device).type != "cuda":
+        return torch.float32
+    is_native = torch.cuda.is_bf16_supported(including_emulation=False)
+    return torch.bfloat16 if is_native else torch.float16
+
+
 def on_host(tensor: Tensor) -> Tensor:
     """An empty copy of `tensor` on the host, which the device can write without stalling."""
     return torch.empty(

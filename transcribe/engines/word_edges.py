@@ -7,8 +7,8 @@ is moved there. Owns this arithmetic; pure, knows no model.
 
 from __future__ import annotations
 
+from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
-from dataclasses import replace
 
 import numpy as np
 import numpy.typing as npt
@@ -56,15 +56,16 @@ def sharpened(
         if gap < len(words):
             starts[gap] = min(max(silence[1], ends[gap - 1] if gap else 0.0), ends[gap])
     return [
-        replace(word, start_s=start, end_s=max(start, end))
+        HypothesisWord(word.word, start, max(start, end), word.probability)
         for word, start, end in zip(words, starts, ends, strict=True)
     ]
 
 
 def _longest_between(runs: Sequence[Run], left: float, right: float) -> Run | None:
-    """The run that reaches into [left, right] and is the longest of these."""
-    touching = [run for run in runs if run[0] < right and run[1] > left]
-    return max(touching, key=lambda run: run[1] - run[0], default=None)
+    """The run that reaches into [left, right] and is the longest of these; runs are in order."""
+    first = bisect_right(runs, left, key=lambda run: run[1])
+    end = bisect_left(runs, right, key=lambda run: run[0])
+    return max(runs[first:end], key=lambda run: run[1] - run[0], default=None)
 
 
 def silent_runs(samples: npt.NDArray[np.int16]) -> list[Run]:
@@ -73,7 +74,8 @@ def silent_runs(samples: npt.NDArray[np.int16]) -> list[Run]:
     if n_frames < _MIN_SILENCE_FRAMES:
         return []
     frames = samples[: n_frames * _FRAME_SAMPLES].reshape(n_frames, -1).astype(np.float32)
-    level = 10 * np.log10((frames**2).mean(axis=1) + 1.0)
+    power = np.einsum("ij,ij->i", frames, frames) / _FRAME_SAMPLES  # no copy of all samples
+    level = 10 * np.log10(power + 1.0)
     quiet, loud = np.percentile(level, [5, 95])
     if loud - quiet < _MIN_RANGE_DB:
         return []
