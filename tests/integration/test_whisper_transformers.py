@@ -20,7 +20,8 @@ from transcribe.cli import app
 from transcribe.decode import decode
 from transcribe.engines.base import EngineInput
 from transcribe.engines.whisper import Search, Whisper, load_whisper
-from transcribe.engines.whisper_decoding import MAX_NEW_TOKENS, Vocabulary
+from transcribe.engines.whisper_decoding import Vocabulary
+from transcribe.engines.whisper_rows import MAX_NEW_TOKENS
 from transcribe.models import resolve
 from transcribe.score import score_texts
 

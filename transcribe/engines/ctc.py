@@ -482,11 +482,29 @@ def _load_model(model: Model, device: str) -> Any:
         ) from None
     if device == "cpu" and is_supported():
         _quantise(loaded)
+    _mask_without_waiting(loaded.base_model)
     loaded = loaded.to(device).eval()
     if device != "cpu":
         for module in filter(is_slow, loaded.modules()):
             module.forward = GroupedConv(module)
     return loaded
+
+
+def _mask_without_waiting(network: Any) -> None:
+    """Let a network tell its frames of sound on the device alone, as a CUDA graph demands.
+
+    transformers writes single ones from the host and adds them up. Networks that do not take
+    waveforms have none of it.
+    """
+    if not hasattr(network, "_get_feature_vector_attention_mask"):
+        return
+
+    def heard(n_frames: int, attention_mask: Tensor, **how: Any) -> Tensor:
+        n_samples = attention_mask.sum(dim=-1)
+        lengths: Tensor = network._get_feat_extract_output_lengths(n_samples, **how)
+        return torch.arange(n_frames, device=attention_mask.device) < lengths[:, None]
+
+    network._get_feature_vector_attention_mask = heard
 
 
 def _quantise(model: Any) -> None:

@@ -1,11 +1,11 @@
 """Whisper's greedy search on a device that must never wait: slots, one step, rules as masks.
 
-Owns the decoder's arithmetic for one token of every slot, the rules of the token language on the
-device, and which window sits in which slot. Knows no sound, no encoder, no retries.
+Owns the rules of the token language on the device, and which window sits in which slot. Knows no
+layers (`whisper_rows.py`), no sound, no encoder, no retries.
 
-A *slot* is a row of fixed buffers: the window's cross-attention keys and values (projected once),
-its own keys and values, what it has written. One step adds one token to every slot, reads and
-writes those buffers only, and has the same shape each time, so it is captured as a CUDA graph.
+A *slot* is a row of the decoder's fixed buffers, and what it has written. One step adds one token
+to every slot, reads and writes those buffers only, and has the same shape each time, so it is
+captured as a CUDA graph.
 Every slot has its own position: a window that is finished makes room for the next at once while
 the others go on. Prompts take the same step as text, their next token given instead of chosen.
 
@@ -24,14 +24,12 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 from transcribe.engines.lanes import Lane, Mark, Replay, on_host, to_device
+from transcribe.engines.whisper_rows import MAX_NEW_TOKENS, MAX_PROMPT, DecoderRows
 from transcribe.engines.whisper_tokens import WhisperTokens
 
-MAX_NEW_TOKENS = 224  # half of Whisper's text context, as in its reference decoding
 LAST_FIRST_TIMESTAMP = 50  # text begins in the first second (max_initial_timestamp)
-_MAX_PROMPT = 4
 _NOBODY = -1
 
 
@@ -91,19 +89,6 @@ class Vocabulary:
         )
 
 
-def slot_bytes(config: Any, dtype: torch.dtype) -> int:
-    """Bytes that one slot takes on the device, its row of logits included."""
-    frames = config.max_source_positions + _n_positions(config)
-    kept = 2 * config.decoder_layers * frames * config.d_model * dtype.itemsize
-    return int(kept + 3 * 4 * config.vocab_size)
-
-
-def _n_positions(config: Any) -> int:
-    """Length of the decoder's own cache, a multiple of 8 where the model allows (alignment)."""
-    wanted = -(-(_MAX_PROMPT + MAX_NEW_TOKENS) // 8) * 8
-    return int(min(config.max_target_positions, wanted))
-
-
 class SlotDecoder:
     """A Whisper decoder with so many slots."""
 
@@ -129,27 +114,18 @@ class SlotDecoder:
             max_new_tokens: most tokens of one window, end token included.
             ignore_end: write `max_new_tokens` whatever comes; for measuring speed only.
         """
-        config = model.config
         self.n_slots = n_slots
         self.lane = Lane(model.device.type, urgent=True)
         self.slots_stepped = 0
+        self.rows = DecoderRows(model, n_slots)
         self._device = str(model.device)
-        self._weights = _DecoderWeights.of(model)
         self._vocabulary = vocabulary
         self._ignore_end = ignore_end
         self._steps_per_look = steps_per_look
         self._looks_behind = looks_behind
-        heads, width = self._weights.heads, config.d_model // self._weights.heads
-        n_positions = _n_positions(config)
-        self._max_new = min(max_new_tokens, n_positions - _MAX_PROMPT)
-        layers, frames = config.decoder_layers, config.max_source_positions
-        kept: dict[str, Any] = {"device": self._device, "dtype": model.dtype}
-        # keys and values (2), layer, slot, head, frame or position, width of a head
-        self._cross = torch.zeros(2, layers, n_slots, heads, frames, width, **kept)
-        self._own = torch.zeros(2, layers, n_slots, heads, n_positions, width, **kept)
+        self._max_new = min(max_new_tokens, self.rows.n_positions - MAX_PROMPT)
         self._state = _State.empty(n_slots, self._max_new, len(vocabulary.languages), self._device)
-        self._rules = _Rules(vocabulary, config.vocab_size, self._device)
-        self._axis = torch.arange(n_positions, device=self._device)
+        self.rules = Rules(vocabulary, model.config.vocab_size, self._device)
         self._languages = torch.tensor(vocabulary.languages, device=self._device)
         self._steps = {n: Replay(partial(self._step, n), self.lane) for n in _buckets(n_slots)}
         self._looks = itertools.cycle([_Look(self._state) for _ in range(looks_behind + 1)])
@@ -206,16 +182,9 @@ class SlotDecoder:
         slots = free[: len(windows)]
         for slot, window in zip(slots, windows, strict=True):
             sitting[slot] = window
-            self._listen(slot, output(window))
+            self.rows.listen(slot, output(window))
         if slots:
             self._state.begin(slots, windows, [prompts[w] for w in windows], self._device)
-
-    def _listen(self, slot: int, output: Tensor) -> None:
-        """Cross-attention keys and values of all layers, in one product."""
-        weights = self._weights
-        made = functional.linear(output, weights.cross, weights.cross_bias)
-        made = made.view(len(output), 2, self._own.shape[1], weights.heads, -1)
-        self._cross[:, :, slot].copy_(made.permute(1, 2, 3, 0, 4))
 
     def _narrow(self, sitting: list[int | None], more: bool) -> int:
         """Move windows together once no others come; how many slots the next steps take."""
@@ -225,17 +194,14 @@ class SlotDecoder:
             free = [slot for slot in range(fewest) if sitting[slot] is None]
             for slot in (s for s in busy if s >= fewest):
                 target = free.pop(0)
-                for rows in (*self._state.rows(), *self._caches()):
+                for rows in self._state.rows():
                     rows[target].copy_(rows[slot])
+                self.rows.move(slot, target)
                 self._state.leave(slot)
                 sitting[target], sitting[slot] = sitting[slot], None
             return fewest
         last = max(busy, default=0)
         return min(n for n in self._steps if n > last)
-
-    def _caches(self) -> tuple[Tensor, Tensor]:
-        """The caches with the slot first."""
-        return self._cross.movedim(2, 0), self._own.movedim(2, 0)
 
     def _collect(self, look: _Look, sitting: list[int | None], found: dict[int, Written]) -> None:
         """Texts that were finished when `look` was begun; their slots are free."""
@@ -264,7 +230,7 @@ class SlotDecoder:
                 some = outputs[begin : begin + self.n_slots]
                 slots = list(range(len(some)))
                 for slot, output in enumerate(some):
-                    self._listen(slot, output)
+                    self.rows.listen(slot, output)
                 prompts = [[self._vocabulary.start]] * len(some)
                 self._state.begin(slots, slots, prompts, self._device)
                 self._steps[min(n for n in self._steps if n >= len(some))]()
@@ -277,14 +243,14 @@ class SlotDecoder:
 
     def _step(self, n: int) -> None:
         """One token more for the first `n` slots. In place, without allocations that last."""
-        logits = self._logits(n)
         state = self._state.first(n)
+        logits = self.rows.logits(state.token, state.position, n)
         at_start = state.position == 0
         silence = logits[:, self._vocabulary.no_speech] - logits.logsumexp(dim=1)
         state.no_speech.copy_(torch.where(at_start, silence.exp(), state.no_speech))
         languages = logits.index_select(1, self._languages)
         state.languages.copy_(torch.where(at_start[:, None], languages, state.languages))
-        self._rules.apply(logits, state)
+        self.rules.apply(logits, state.text())
         best, token = logits.max(dim=1)
         self._advance(state, token, best - logits.logsumexp(dim=1))
 
@@ -308,38 +274,10 @@ class SlotDecoder:
         if not self._ignore_end:
             over = over | (token == self._vocabulary.end)
         state.ended.logical_or_(writing & over)
-        given = state.prompt.gather(1, following.clamp(max=_MAX_PROMPT - 1)[:, None])[:, 0]
+        given = state.prompt.gather(1, following.clamp(max=MAX_PROMPT - 1)[:, None])[:, 0]
         following_token = torch.where(writing, token, given)
         state.token.copy_(torch.where(going, following_token, state.token))
         state.position.copy_(torch.where(state.ended, state.position, following))
-
-    def _logits(self, n: int) -> Tensor:
-        """What may come after each slot's token: float32 `[n, vocabulary]`."""
-        weights, state = self._weights, self._state.first(n)
-        heads, width = weights.heads, self._own.shape[-1]
-        hidden = functional.embedding(state.token, weights.embedding)
-        hidden = hidden + functional.embedding(state.position, weights.positions)
-        mask = (self._axis <= state.position[:, None])[:, None, None]
-        at = state.position[:, None, None, None].expand(n, heads, 1, width)
-        for index, layer in enumerate(weights.layers):
-            made = functional.linear(layer.own_norm(hidden), layer.own, layer.own_bias)
-            query, key, value = made.view(n, 3, heads, 1, width).unbind(1)
-            keys, values = self._own[0, index, :n], self._own[1, index, :n]
-            keys.scatter_(2, at, key)
-            values.scatter_(2, at, value)
-            hidden = hidden + layer.own_out(_attended(query, keys, values, mask))
-            made = functional.linear(layer.cross_norm(hidden), layer.query, layer.query_bias)
-            query = made.view(n, heads, 1, width)
-            keys, values = self._cross[0, index, :n], self._cross[1, index, :n]
-            hidden = hidden + layer.cross_out(_attended(query, keys, values, None))
-            hidden = hidden + layer.feed_forward(hidden)
-        return functional.linear(weights.norm(hidden), weights.projection).float()
-
-
-def _attended(query: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None) -> Tensor:
-    """Attention of one query a slot; the query is scaled already."""
-    heard = functional.scaled_dot_product_attention(query, keys, values, attn_mask=mask, scale=1.0)
-    return heard.reshape(len(query), -1)
 
 
 def _buckets(n_slots: int) -> list[int]:
@@ -348,80 +286,6 @@ def _buckets(n_slots: int) -> list[int]:
     while sizes[-1] > 1:
         sizes.append((sizes[-1] + 1) // 2)
     return sizes
-
-
-@dataclass(frozen=True, slots=True)
-class _Layer:
-    """One decoder layer: fused products for queries, keys and values; queries scaled."""
-
-    own_norm: Any
-    own: Tensor
-    own_bias: Tensor
-    own_out: Any
-    cross_norm: Any
-    query: Tensor
-    query_bias: Tensor
-    cross_out: Any
-    last: Any
-
-    @classmethod
-    def of(cls, layer: Any) -> _Layer:
-        own, cross = layer.self_attn, layer.encoder_attn
-        # 1/8 in every published Whisper: scaling the weights instead loses no bit.
-        query, bias = own.q_proj.weight * own.scaling, own.q_proj.bias * own.scaling
-        no_bias = torch.zeros_like(own.v_proj.bias)
-        return cls(
-            own_norm=layer.self_attn_layer_norm,
-            own=torch.cat([query, own.k_proj.weight, own.v_proj.weight]),
-            own_bias=torch.cat([bias, no_bias, own.v_proj.bias]),
-            own_out=own.out_proj,
-            cross_norm=layer.encoder_attn_layer_norm,
-            query=cross.q_proj.weight * cross.scaling,
-            query_bias=cross.q_proj.bias * cross.scaling,
-            cross_out=cross.out_proj,
-            last=layer,
-        )
-
-    def feed_forward(self, hidden: Tensor) -> Tensor:
-        layer = self.last
-        made: Tensor = layer.fc2(layer.activation_fn(layer.fc1(layer.final_layer_norm(hidden))))
-        return made
-
-
-@dataclass(frozen=True, slots=True)
-class _DecoderWeights:
-    """A checkpoint's decoder, laid out for steps.
-
-    Attributes:
-        cross: keys of all layers, then values of all layers, `[2 * layers * d_model, d_model]`.
-    """
-
-    heads: int
-    embedding: Tensor
-    positions: Tensor
-    layers: list[_Layer]
-    cross: Tensor
-    cross_bias: Tensor
-    norm: Any
-    projection: Tensor
-
-    @classmethod
-    @torch.inference_mode()
-    def of(cls, model: Any) -> _DecoderWeights:
-        decoder = model.model.decoder
-        cross = [layer.encoder_attn for layer in decoder.layers]
-        keys, values = [c.k_proj for c in cross], [c.v_proj for c in cross]
-        biases = [torch.zeros_like(v.bias) for v in values] + [v.bias for v in values]
-        return cls(
-            heads=model.config.decoder_attention_heads,
-            embedding=decoder.embed_tokens.weight,
-            positions=decoder.embed_positions.weight,
-            layers=[_Layer.of(layer) for layer in decoder.layers],
-            cross=torch.cat([part.weight for part in (*keys, *values)]),
-            cross_bias=torch.cat(biases),
-            norm=decoder.layer_norm,
-            projection=model.proj_out.weight,
-        )
 
 
 # ---- what a slot knows --------------------------------------------------------------------
@@ -435,8 +299,7 @@ class _State:
         window: who sits there; `_NOBODY` is -1.
         token, position: what the next step reads, and where.
         ended: nothing more is written; also true where nobody sits.
-        last_was_time, before_was_time: of the last two tokens written; before the first, true.
-        latest_time: the latest timestamp written, else 0.
+        count, last_was_time, before_was_time, latest_time: see `TextState`.
         languages: logits of the language tokens after the start token alone.
     """
 
@@ -464,7 +327,7 @@ class _State:
             window=zeros() + _NOBODY,
             token=zeros(),
             position=zeros(),
-            prompt=zeros(_MAX_PROMPT),
+            prompt=zeros(MAX_PROMPT),
             prompt_length=zeros() + 1,
             written=zeros(max_new),
             count=zeros(),
@@ -481,6 +344,10 @@ class _State:
         """All of it."""
         return [getattr(self, name) for name in self.__slots__]
 
+    def text(self) -> TextState:
+        """For the rules."""
+        return TextState(self.count, self.last_was_time, self.before_was_time, self.latest_time)
+
     def first(self, n: int) -> _State:
         """The first `n` slots: views, not copies."""
         return _State(*(rows[:n] for rows in self.rows()))
@@ -494,7 +361,7 @@ class _State:
     ) -> None:
         """Seat windows; one copy to the device, then only work on it."""
         told = [
-            [slot, window, len(prompt), *prompt, *([0] * (_MAX_PROMPT - len(prompt)))]
+            [slot, window, len(prompt), *prompt, *([0] * (MAX_PROMPT - len(prompt)))]
             for slot, window, prompt in zip(slots, windows, prompts, strict=True)
         ]
         values = to_device(torch.tensor(told), device)
@@ -538,7 +405,23 @@ class _Look:
 # ---- what may be written ------------------------------------------------------------------
 
 
-class _Rules:
+@dataclass(frozen=True, slots=True)
+class TextState:
+    """What the rules look at in each row's text.
+
+    Attributes:
+        count: tokens written.
+        last_was_time, before_was_time: of the last two tokens written; before the first, true.
+        latest_time: the latest timestamp written, else 0.
+    """
+
+    count: Tensor
+    last_was_time: Tensor
+    before_was_time: Tensor
+    latest_time: Tensor
+
+
+class Rules:
     """Timestamps come in pairs and in order (Radford et al. 2022, section 2.3); masks only."""
 
     def __init__(self, vocabulary: Vocabulary, size: int, device: str) -> None:
@@ -549,7 +432,7 @@ class _Rules:
         self._never = torch.isin(ids, torch.tensor(vocabulary.suppressed, device=device))
         self._not_first = (ids < times) | (ids > times + LAST_FIRST_TIMESTAMP)
 
-    def apply(self, logits: Tensor, state: _State) -> None:
+    def apply(self, logits: Tensor, state: TextState) -> None:
         """Set what may not follow to minus infinity, in place."""
         is_first = state.count == 0
         logits.masked_fill_(self._never | (self._not_first & is_first[:, None]), -torch.inf)

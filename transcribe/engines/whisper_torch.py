@@ -1,7 +1,7 @@
 """Whisper's layers by transformers: any Whisper checkpoint in safetensors.
 
 Owns what is PyTorch's own: loading, precision, the encoder and how far it works ahead of the
-decoder (`whisper_decoding.py`), beams (transformers'), cross-attention. What is done with it is in
+decoder (`whisper_decoding.py`, `whisper_beams.py`), cross-attention. What is done with it is in
 `whisper.py`. bfloat16 or float16 on a GPU, float32 on CPU.
 """
 
@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -28,20 +29,16 @@ from transcribe.engines.whisper import (
     Samples,
     Search,
 )
-from transcribe.engines.whisper_decoding import (
-    LAST_FIRST_TIMESTAMP,
-    MAX_NEW_TOKENS,
-    SlotDecoder,
-    Vocabulary,
-    slot_bytes,
-)
+from transcribe.engines.whisper_beams import BeamDecoder
+from transcribe.engines.whisper_decoding import SlotDecoder, Vocabulary, Written
+from transcribe.engines.whisper_rows import slot_bytes
 from transcribe.engines.whisper_tokens import WhisperTokens
 from transcribe.engines.whisper_words import Alignment, time_warping_path, token_starts
 from transcribe.errors import Fatal
 from transcribe.models import Model
 
 _WINDOWS_PER_SLOT = 4
-_CPU_SLOTS = 8
+_FEWEST_SLOTS = 8  # a window's beams need five
 _MOST_SLOTS = 128
 _MEMORY_SHARE_OF_SLOTS = 0.5
 _STEPS_PER_LOOK = 4  # on a GPU; a text is known to be finished 4 to 8 steps late
@@ -89,16 +86,17 @@ class TorchRuntime:
         self._alignment_heads = _alignment_heads(self._model)
         self._encoder = Encoder(self._model, device, self.work)
         suppressed = self._model.generation_config.suppress_tokens or []
-        vocabulary = Vocabulary.of(self._tokens, suppressed)
+        self._vocabulary = Vocabulary.of(self._tokens, suppressed)
         # On a CPU a look at the slots costs nothing.
         steps, behind = (1, 0) if device == "cpu" else (_STEPS_PER_LOOK, 1)
         self._decoder = SlotDecoder(
             self._model,
-            vocabulary,
+            self._vocabulary,
             slots_for(self._model),
             steps_per_look=steps,
             looks_behind=behind,
         )
+        self._beams: dict[int, BeamDecoder] = {}
         # Slots are refilled from what else is there, so there should be several windows for each.
         self.batch_windows = _WINDOWS_PER_SLOT * self._decoder.n_slots
 
@@ -135,9 +133,30 @@ class TorchRuntime:
         written = self._decoder.write(feed, lambda i: output_of(encoded[i]), prompts)
         self._encoder.count()
         self.work.token_slots += self._decoder.slots_stepped - stepped
-        return [
-            Generated(w.ids, w.total_logprob / (len(w.ids) + 1), w.no_speech_prob) for w in written
-        ]
+        return [_generated(text) for text in written]
+
+    def _by_beams(
+        self, encoded: Sequence[Heard], prompts: Sequence[Sequence[int]], search: Search
+    ) -> list[Generated]:
+        """The windows that are tried again, as many at once as there is room for."""
+        decoder = self._beams.get(search.beam_size)
+        if decoder is None:
+            slots = self._decoder
+            decoder = BeamDecoder(
+                slots.rows, self._vocabulary, slots.rules, slots.lane, search.beam_size
+            )
+            self._beams[search.beam_size] = decoder
+        found: list[Generated] = []
+        for begin in range(0, len(encoded), decoder.n_windows):
+            some = encoded[begin : begin + decoder.n_windows]
+            for chunk in self._encoder.chunks(some):
+                self._encoder.hear([some[i] for i in chunk])
+            asked = prompts[begin : begin + decoder.n_windows]
+            outputs = partial(_output_at, some)
+            texts = decoder.write(outputs, asked, search.no_repeat_ngram_size)
+            found += map(_generated, texts)
+        self._encoder.count()
+        return found
 
     def _outputs(self, encoded: Sequence[Heard]) -> list[Tensor]:
         for chunk in self._encoder.chunks(encoded):
@@ -145,76 +164,6 @@ class TorchRuntime:
         outputs = [output_of(heard) for heard in encoded]
         self._encoder.count()
         return outputs
-
-    @torch.inference_mode()
-    def _by_beams(
-        self, encoded: Sequence[Heard], prompts: Sequence[Sequence[int]], search: Search
-    ) -> list[Generated]:
-        """The few windows that are tried again, by transformers' search."""
-        found: list[Generated] = []
-        size = max(1, self._decoder.n_slots // search.beam_size)
-        for begin in range(0, len(encoded), size):
-            batch = torch.stack(self._outputs(encoded[begin : begin + size]))
-            found += self._beams(batch, prompts[begin : begin + size], search)
-        return found
-
-    def _beams(
-        self, batch: Tensor, prompts: Sequence[Sequence[int]], search: Search
-    ) -> list[Generated]:
-        from transformers import GenerationMixin, LogitsProcessorList
-
-        silent = self._first_logits(batch).softmax(dim=-1)[:, self._tokens.no_speech].tolist()
-        prompt = torch.tensor([list(p) for p in prompts], device=self.device)
-        # Whisper's own generate() cuts, pads and tries again by itself; only the search is wanted.
-        output: Any = GenerationMixin.generate(
-            self._model,
-            encoder_outputs=_encoder_outputs(batch),
-            attention_mask=torch.ones(batch.shape[:2], device=self.device),
-            decoder_input_ids=prompt,
-            logits_processor=LogitsProcessorList([_timestamp_rules(self._tokens, prompt.shape[1])]),
-            generation_config=self._generation_config(search),
-        )
-        ids = [self._text(row) for row in output.sequences[:, prompt.shape[1] :].tolist()]
-        # transformers divides by the number of generated tokens too, end token included.
-        scores = output.sequences_scores.tolist()
-        return [Generated(*one) for one in zip(ids, scores, silent, strict=True)]
-
-    def _first_logits(self, encoded: Tensor) -> Tensor:
-        """What the decoder expects after the start token alone: `[n, vocabulary]`."""
-        start = torch.full(
-            (len(encoded), 1), self._tokens.start_of_transcript, device=encoded.device
-        )
-        output = self._model(
-            encoder_outputs=_encoder_outputs(encoded), decoder_input_ids=start, use_cache=False
-        )
-        logits: Tensor = output.logits[:, 0].float()
-        return logits
-
-    def _generation_config(self, search: Search) -> Any:
-        from transformers import GenerationConfig
-
-        end = self._tokens.end_of_text
-        told = self._model.generation_config
-        never = {*(told.suppress_tokens or []), *self._tokens.never_written()}
-        return GenerationConfig(
-            max_new_tokens=MAX_NEW_TOKENS,
-            num_beams=search.beam_size,
-            no_repeat_ngram_size=search.no_repeat_ngram_size,
-            do_sample=False,
-            suppress_tokens=sorted(never),
-            begin_suppress_tokens=told.begin_suppress_tokens,
-            eos_token_id=end,
-            pad_token_id=end,
-            decoder_start_token_id=self._tokens.start_of_transcript,
-            return_dict_in_generate=True,
-            early_stopping=True,
-            output_scores=True,
-        )  # type: ignore[no-untyped-call]
-
-    def _text(self, generated: Sequence[int]) -> list[int]:
-        """What was generated before the end token."""
-        end = self._tokens.end_of_text
-        return list(generated[: generated.index(end)] if end in generated else generated)
 
     @torch.inference_mode()
     def align(
@@ -421,13 +370,17 @@ def output_of(heard: Heard) -> Tensor:
     return heard.output
 
 
+def _output_at(windows: Sequence[Heard], index: int) -> Tensor:
+    return output_of(windows[index])
+
+
 def slots_for(model: Any) -> int:
     """How many slots the device has room for: on a GPU a power of two, in half of what is free."""
     if model.device.type == "cpu":
-        return _CPU_SLOTS
+        return _FEWEST_SLOTS
     free, _ = torch.cuda.mem_get_info()
     room = int(free * _MEMORY_SHARE_OF_SLOTS) // slot_bytes(model.config, model.dtype)
-    return int(1 << (max(1, min(_MOST_SLOTS, room)).bit_length() - 1))
+    return int(1 << (max(_FEWEST_SLOTS, min(_MOST_SLOTS, room)).bit_length() - 1))
 
 
 def _load(model: Model, device: str) -> Any:
@@ -443,6 +396,10 @@ def _load(model: Model, device: str) -> Any:
     return loaded.to(device).eval()
 
 
+def _generated(text: Written) -> Generated:
+    return Generated(text.ids, text.total_logprob / (len(text.ids) + 1), text.no_speech_prob)
+
+
 def _alignment_heads(model: Any) -> list[tuple[int, int]]:
     """The checkpoint's (layer, head) pairs that follow the speech; else the upper half of all."""
     told = getattr(model.generation_config, "alignment_heads", None)
@@ -450,18 +407,6 @@ def _alignment_heads(model: Any) -> list[tuple[int, int]]:
         return [(int(layer), int(head)) for layer, head in told]
     layers, heads = model.config.decoder_layers, model.config.decoder_attention_heads
     return [(layer, head) for layer in range(layers // 2, layers) for head in range(heads)]
-
-
-def _timestamp_rules(tokens: WhisperTokens, begin: int) -> Any:
-    """Timestamps come in pairs and in order (Radford et al. 2022, section 2.3)."""
-    from transformers import GenerationConfig, WhisperTimeStampLogitsProcessor
-
-    told: Any = GenerationConfig(
-        eos_token_id=tokens.end_of_text,
-        no_timestamps_token_id=tokens.no_timestamps,
-        max_initial_timestamp_index=LAST_FIRST_TIMESTAMP,
-    )  # type: ignore[no-untyped-call]
-    return WhisperTimeStampLogitsProcessor(told, begin_index=begin)
 
 
 def _encoder_outputs(encoded: Tensor) -> Any:
