@@ -21,7 +21,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -71,6 +71,7 @@ _LAST_WORD_S = 20.0
 _STOPPED_S = 5.0  # without a tick of a thread that ticks each second
 _WATCH_SILENCE_S = 120.0
 _STANDSTILL_S = 300.0  # a new machine installs the job's packages first
+_SHRUNK_STANDSTILL_S = 30.0  # machines are gone, and engines fill those that are left
 _LOADS_IN_VAIN = 4  # for each engine
 
 _AGAIN = " What is published stays; run the same command again to do the rest."
@@ -287,6 +288,12 @@ def place(
         time.sleep(1.0)
 
 
+def fits_now(placement: Placement) -> Placement:
+    """As much of `placement` as the machines that are up have room for, one engine at least."""
+    resources = _within(_ANSWER_S, _resources) or {}
+    return _fit(placement.device, placement.workers, resources) or replace(placement, workers=1)
+
+
 def _needs(device: str, resources: dict[str, float]) -> str:
     need = "2 CPUs" if device == "cpu" else "a GPU and 2 CPUs"
     has = f"{resources.get('CPU', 0):g} CPUs and {resources.get('GPU', 0):g} GPUs"
@@ -314,7 +321,7 @@ def _grown(placement: Placement, workers: int | None, say: Callable[[str], None]
     return Placement(placement.device, workers)
 
 
-def _fit(device: Device, workers: int | None, resources: dict[str, float]) -> Placement | None:
+def _fit(device: str, workers: int | None, resources: dict[str, float]) -> Placement | None:
     """Engines that fit now; None when not even one fits beside a decode task."""
     cpus, gpus = resources.get("CPU", 0.0), int(resources.get("GPU", 0))
     if device == "cuda" or (device == "auto" and gpus):
@@ -448,6 +455,10 @@ class Round:
     Ray Data works in a thread of its own, and whoever asks for outcomes watches over it: stuck
     workers are ended (Ray starts others and tries their shards again), a round that stands still
     is given up, and a cluster that is gone is noticed.
+
+    Attributes:
+        stood_still: whether it was given up for that; the next should ask for no more engines
+            than `fits_now`.
     """
 
     def __init__(self, shards: Sequence[Shard], job: Job, workers: int) -> None:
@@ -459,7 +470,10 @@ class Round:
         self._results: queue.SimpleQueue[bytes | BaseException | None] = queue.SimpleQueue()
         dataset = _dataset(shards, job, self._workers, self._watch)
         self._thread = threading.Thread(target=self._drain, args=(dataset,), daemon=True)
-        self._is_over = False
+        self._is_over = self.stood_still = False
+        resources = _within(_ANSWER_S, _resources) or {}
+        room = _fit(job.device, self._workers, resources)
+        self._room = room.workers if room else 0
         self._asked_at = 0.0
         self._changed_at = self._heard_at = time.monotonic()
         self._head = _Head()
@@ -614,14 +628,16 @@ class Round:
         resources = _within(_ANSWER_S, _resources)
         if resources is None:
             return
-        if _fit(self._job.config.device, self._workers, resources) is not None:
-            if still_s > _STANDSTILL_S:
+        placement = _fit(self._job.device, self._workers, resources)
+        if placement is not None:
+            has_shrunk = placement.workers < self._room
+            if still_s > (_SHRUNK_STANDSTILL_S if has_shrunk else _STANDSTILL_S):
                 _LOG.warning("nothing has moved for %.0f s; what is left is planned anew", still_s)
                 _LEAVING.set()
                 self._thread.join(_ANSWER_S)
-                self._is_over = True
+                self._is_over = self.stood_still = True
         elif still_s > self._job.config.wait_for_workers_s:
-            needs = _needs(self._job.config.device, resources)
+            needs = _needs(self._job.device, resources)
             raise Fatal(f"The cluster cannot go on with this job: it {needs}." + _AGAIN)
 
     def _call(self, name: str, *arguments: object) -> Any:

@@ -59,7 +59,8 @@ def work(
             if not left or monitor.stopped:
                 break
             workers = 1 if must_be_alone else placement.workers
-            _round(left, job, workers, recovery, tally)
+            if _round(left, job, workers, recovery, tally):
+                placement = distributed.fits_now(placement)
         for given_up in recovery.given_up:
             _LOG.warning("%s: %s", given_up.recording.uri, _sentence(given_up))
             row = pipeline.given_up_shard(given_up.recording, _problem(given_up), job)
@@ -68,7 +69,8 @@ def work(
 
 def _round(
     shards: Sequence[Shard], job: Job, workers: int, recovery: Recovery, tally: _Tally
-) -> None:
+) -> bool:
+    """One round; says whether it stood still."""
     planned_s = {shard.shard_id: shard.duration_s for shard in shards}
     with distributed.Round(shards, job, workers) as this_round:
         try:
@@ -84,11 +86,12 @@ def _round(
                 if tally.is_enough:
                     for summary in this_round.wind_down(math.inf):
                         tally.add(summary, planned_s[summary.shard_id])
-                    return
+                    break
         except KeyboardInterrupt:
             for summary in this_round.wind_down(_WIND_DOWN_S):
                 tally.add(summary, planned_s[summary.shard_id])
             raise
+        return this_round.stood_still
 
 
 class _Tally:
