@@ -21,7 +21,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -71,7 +71,7 @@ _LAST_WORD_S = 20.0
 _STOPPED_S = 5.0  # without a tick of a thread that ticks each second
 _WATCH_SILENCE_S = 120.0
 _STANDSTILL_S = 300.0  # a new machine installs the job's packages first
-_SHRUNK_STANDSTILL_S = 30.0  # machines are gone, and engines fill those that are left
+_FILLED_UP_S = 30.0  # machines are gone, and engines fill those that are left
 _LOADS_IN_VAIN = 4  # for each engine
 
 _AGAIN = " What is published stays; run the same command again to do the rest."
@@ -289,9 +289,9 @@ def place(
 
 
 def fits_now(placement: Placement) -> Placement:
-    """As much of `placement` as the machines that are up have room for, one engine at least."""
+    """As much of `placement` as there is room for; all of it if there is room for nothing."""
     resources = _within(_ANSWER_S, _resources) or {}
-    return _fit(placement.device, placement.workers, resources) or replace(placement, workers=1)
+    return _fit(placement.device, placement.workers, resources) or placement
 
 
 def _needs(device: str, resources: dict[str, float]) -> str:
@@ -601,7 +601,9 @@ class Round:
                 raise Fatal("The process that watches over the workers is stuck." + _AGAIN)
             return False
         self._heard_at = now
-        if look.events != self._look.events or look.at_work:
+        # What a machine had in hand when it was lost is never said to have ended.
+        at_work = [work for work in look.at_work if self._head.has(work.worker.node_id)]
+        if look.events != self._look.events or at_work:
             self._changed_at = now
         self._look = look
         if look.loads_in_vain > _LOADS_IN_VAIN * self._workers:
@@ -611,6 +613,8 @@ class Round:
                 " Check that a worker has the memory that the model needs."
             )
         for work in look.overdue:
+            if not self._head.has(work.worker.node_id):
+                continue
             _LOG.warning("%s of shard %s is stuck; its worker is ended", work.stage, work.shard_id)
             _end_process(work.worker)
         self._is_moving(now)
@@ -631,7 +635,7 @@ class Round:
         placement = _fit(self._job.device, self._workers, resources)
         if placement is not None:
             has_shrunk = placement.workers < self._room
-            if still_s > (_SHRUNK_STANDSTILL_S if has_shrunk else _STANDSTILL_S):
+            if still_s > (_STANDSTILL_S if not has_shrunk or _can_decode() else _FILLED_UP_S):
                 _LOG.warning("nothing has moved for %.0f s; what is left is planned anew", still_s)
                 _LEAVING.set()
                 self._thread.join(_ANSWER_S)
@@ -706,6 +710,7 @@ class _Head:
         self._home = ray.get_runtime_context().get_node_id()
         self._heard_at = self._ticked_at = time.monotonic()
         self._is_home_alive = True
+        self._living: set[str] | None = None
         self._is_over = threading.Event()
         for work in (self._ask, self._have_the_last_word):
             threading.Thread(target=work, daemon=True).start()
@@ -723,6 +728,10 @@ class _Head:
             raise Fatal(self._sentence())
         if not self._is_home_alive:
             raise Fatal("Ray has ended on this machine under the run." + _AGAIN)
+
+    def has(self, node_id: str) -> bool:
+        """Whether a machine was there when last asked; also before the first answer."""
+        return self._living is None or node_id in self._living
 
     def leave(self) -> None:
         """Ask no more. A head that is gone is still to be watched: others may wait for it."""
@@ -742,7 +751,8 @@ class _Head:
     def _ask(self) -> None:
         while not self._is_over.wait(_HEAD_EVERY_S):
             with suppress(Exception):  # that it does not answer is known from the time
-                self._is_home_alive = self._home in _living_nodes()
+                self._living = _living_nodes()
+                self._is_home_alive = self._home in self._living
                 self._heard_at = time.monotonic()
 
     def _have_the_last_word(self) -> None:
@@ -788,6 +798,12 @@ def _within(seconds: float, ask: Callable[[], T]) -> T | None:
 def _living_nodes() -> set[str]:
     nodes: list[dict[str, Any]] = ray.nodes()  # type: ignore[no-untyped-call]
     return {node["NodeID"] for node in nodes if node["Alive"]}
+
+
+def _can_decode() -> bool:
+    """Whether a decode task finds a place; also if Ray does not answer."""
+    free: dict[str, float] | None = _within(_ANSWER_S, ray.available_resources)
+    return free is None or free.get("CPU", 0.0) >= _DECODE_CPUS
 
 
 def _resources() -> dict[str, float]:

@@ -51,16 +51,16 @@ def work(
     """
     if not shards:
         return
-    recovery = Recovery(shards)
+    recovery, fitting = Recovery(shards), placement
     with ProgressDisplay(console, sum(s.duration_s for s in shards)) as display:
         tally = _Tally(done, display, monitor)
         while True:
             left, must_be_alone = recovery.next_round()
             if not left or monitor.stopped:
                 break
-            workers = 1 if must_be_alone else placement.workers
-            if _round(left, job, workers, recovery, tally):
-                placement = distributed.fits_now(placement)
+            workers = 1 if must_be_alone else fitting.workers
+            stood_still = _round(left, job, workers, recovery, tally)
+            fitting = distributed.fits_now(placement) if stood_still else placement
         for given_up in recovery.given_up:
             _LOG.warning("%s: %s", given_up.recording.uri, _sentence(given_up))
             row = pipeline.given_up_shard(given_up.recording, _problem(given_up), job)

@@ -129,8 +129,14 @@ class _Waveforms:
 
 
 def _row_bucket(n_windows: int, lane: Lane) -> int:
-    """Rows that a batch is given: few different numbers where each costs a graph."""
-    return 1 << (n_windows - 1).bit_length() if lane.is_cuda else n_windows
+    """Rows that a batch is given: few different numbers where each costs a graph.
+
+    At most a quarter of them are empty.
+    """
+    if not lane.is_cuda:
+        return n_windows
+    step = 1 << max(0, (n_windows - 1).bit_length() - 3)
+    return -(-n_windows // step) * step
 
 
 class CTC:
@@ -185,8 +191,9 @@ class CTC:
         begun: deque[tuple[list[int], _Begun]] = deque()
 
         def finish() -> None:
-            batch, frames = begun.popleft()
+            batch, frames = begun[0]  # stays there if it cannot be read now
             heard.update(zip(batch, self._read(frames), strict=True))
+            begun.popleft()
 
         def hear(batch: list[int]) -> list[int]:
             """Read the batch before this one while the device is busy with this one."""
@@ -207,7 +214,7 @@ class CTC:
     @torch.inference_mode()
     def _begin(self, windows: Sequence[_Samples], length: int) -> _Begun:
         """Have the device hear a batch and bring back what is needed of it; does not wait."""
-        started = time.perf_counter()
+        started, features_before = time.perf_counter(), self.work.features_s
         with self._lane.entered():
             if self._takes_waveform:
                 logits = self._of_waveforms(windows, length)
@@ -215,19 +222,20 @@ class CTC:
             else:
                 logits, mask = self._of_features(windows)
                 valid = self._n_frames(mask.sum(dim=-1))
-            log_probs = logits[: len(windows)].float()
-            best, ids = log_probs.max(dim=-1)
-            scale = log_probs.logsumexp(dim=-1)
+            scores = logits[: len(windows)].float()
+            best, ids = scores.max(dim=-1)
+            scale = scores.logsumexp(dim=-1)
             frames = _Begun(windows, valid, on_host(ids), on_host(best), None, None)
             frames.ids.copy_(ids, non_blocking=True)
             frames.best.copy_(best - scale, non_blocking=True)
             if self._words or self._decoder is not None:
-                frames.log_probs = on_host(log_probs)
-                frames.log_probs.copy_(log_probs - scale[..., None], non_blocking=True)
+                frames.log_probs = on_host(scores)
+                frames.log_probs.copy_(scores - scale[..., None], non_blocking=True)
             frames.ready = self._lane.mark()
         self.work.heard_samples += sum(map(len, windows))
-        self.work.padded_samples += len(windows) * length
-        self.work.encoder_s += time.perf_counter() - started
+        self.work.padded_samples += len(logits) * length
+        features = self.work.features_s - features_before
+        self.work.encoder_s += time.perf_counter() - started - features
         return frames
 
     def _of_waveforms(self, windows: Sequence[_Samples], length: int) -> Tensor:
@@ -493,8 +501,7 @@ def _load_model(model: Model, device: str) -> Any:
 def _mask_without_waiting(network: Any) -> None:
     """Let a network tell its frames of sound on the device alone, as a CUDA graph demands.
 
-    transformers writes single ones from the host and adds them up. Networks that do not take
-    waveforms have none of it.
+    transformers writes single ones from the host and adds them up.
     """
     if not hasattr(network, "_get_feature_vector_attention_mask"):
         return
@@ -502,6 +509,7 @@ def _mask_without_waiting(network: Any) -> None:
     def heard(n_frames: int, attention_mask: Tensor, **how: Any) -> Tensor:
         n_samples = attention_mask.sum(dim=-1)
         lengths: Tensor = network._get_feat_extract_output_lengths(n_samples, **how)
+        lengths = lengths.clamp(min=1)  # attention to nothing at all is no number
         return torch.arange(n_frames, device=attention_mask.device) < lengths[:, None]
 
     network._get_feature_vector_attention_mask = heard

@@ -21,7 +21,8 @@ class GroupedConv:
 
     Outputs `t .. t + _BLOCK - 1` read the inputs `t .. t + _BLOCK + kernel - 2`. Laid out as a
     row, these times a (Toeplitz) matrix that holds the kernel once for each output, shifted by
-    one, are all of the outputs. The sums are the same, in another order.
+    one, are all of the outputs. The sums are the same, in another order. The matrix takes as much
+    memory as 18 kernels: 170 MB for wav2vec2-base in two bytes, 300 MB for large.
     """
 
     def __init__(self, conv: torch.nn.Conv1d) -> None:
@@ -46,8 +47,8 @@ class GroupedConv:
         What comes out is laid out with the channels last, as the transformer after it wants it.
         """
         n, channels, frames = x.shape
-        n_out = frames + 2 * self._padding - self._kernel + 1
-        n_blocks = -(-n_out // _BLOCK)
+        n_frames = frames + 2 * self._padding - self._kernel + 1
+        n_blocks = -(-n_frames // _BLOCK)
         behind = n_blocks * _BLOCK + self._kernel - 1 - self._padding - frames
         padded = functional.pad(x.transpose(1, 2), (0, 0, self._padding, behind))
         rows = padded.unfold(1, self._span, _BLOCK)
@@ -55,7 +56,7 @@ class GroupedConv:
         rows = rows.permute(2, 0, 1, 4, 3).reshape(self._n_groups, n * n_blocks, -1)
         made = torch.baddbmm(self._bias, rows, self._band)
         made = made.view(self._n_groups, n, n_blocks * _BLOCK, -1).permute(1, 2, 0, 3).flatten(2)
-        return made[:, :n_out].transpose(1, 2)
+        return made[:, :n_frames].transpose(1, 2)
 
 
 def is_slow(module: torch.nn.Module) -> bool:

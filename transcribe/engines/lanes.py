@@ -108,6 +108,8 @@ class Lane:
                 graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"
             ):
                 work()
+        except torch.OutOfMemoryError:  # a smaller batch may be captured
+            raise
         except RuntimeError as error:
             reason = (str(error).splitlines() or [type(error).__name__])[0]
             _LOG.warning("no CUDA graph could be captured, going on without: %s", reason)

@@ -547,7 +547,7 @@ def _is_suspicious(hypothesis: Hypothesis, window: EngineInput) -> bool:
     seconds = _duration_s(window)
     return (
         hypothesis.compression_ratio > _MAX_COMPRESSION_RATIO
-        or hypothesis.avg_logprob < _MIN_AVG_LOGPROB
+        or not hypothesis.avg_logprob >= _MIN_AVG_LOGPROB  # nor is NaN, of float16
         or len(hypothesis.text) > _MAX_CHARACTERS_PER_SECOND * max(1.0, seconds)
         or seconds - _heard_s(hypothesis) > _MAX_UNHEARD_S
         or says_twice(hypothesis.text)

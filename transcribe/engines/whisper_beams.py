@@ -1,8 +1,9 @@
 """Whisper's beams on a device that must never wait: one step for all texts of all windows.
 
 Owns which texts are followed, on the device. The search is that of `whisper_search.beams`, which
-decides on the host and says what it does; this one has the same results from fixed buffers, so
-that a step is a CUDA graph. Windows are written in batches: few need beams, and they end alike.
+decides on the host and says what it does; this one has its results, but for rounding and ties,
+from fixed buffers, so that a step is a CUDA graph. Windows are written in batches: few need beams,
+and they end alike.
 """
 
 from __future__ import annotations
@@ -16,7 +17,13 @@ import torch
 from torch import Tensor
 
 from transcribe.engines.lanes import Lane, Mark, Replay, on_host, to_device
-from transcribe.engines.whisper_decoding import Rules, TextState, Vocabulary, Written
+from transcribe.engines.whisper_decoding import (
+    Rules,
+    TextState,
+    Vocabulary,
+    Written,
+    buckets,
+)
 from transcribe.engines.whisper_rows import MAX_NEW_TOKENS, MAX_PROMPT, DecoderRows
 
 _STEPS_PER_LOOK = 8
@@ -48,35 +55,36 @@ class BeamDecoder:
         self._rows, self._rules, self._lane = rows, rules, lane
         self._vocabulary, self._n_beams = vocabulary, n_beams
         self._max_new = min(max_new_tokens, rows.n_positions - MAX_PROMPT)
-        self._state = _State.empty(self.n_windows, n_beams, self._max_new, rows.device)
-        self._steps: dict[int, Replay] = {}
+        with lane.entered():  # where it is written later
+            self._state = _State.empty(self.n_windows, n_beams, self._max_new, rows.device)
+        self._steps: dict[tuple[int, int], Replay] = {}
 
     @torch.inference_mode()
     def write(
         self,
-        outputs: Callable[[int], Tensor],
+        output: Callable[[int], Tensor],
         prompts: Sequence[Sequence[int]],
         no_repeat_ngram_size: int = 0,
     ) -> list[Written]:
         """The text of each window whose mean log-probability a token is best.
 
         Args:
-            outputs: encoder output `[1500, d_model]` of a window; called inside the lane.
-            prompts: at most four tokens before each window's text.
+            output: encoder output `[1500, d_model]` of a window; called inside the lane.
+            prompts: at most four tokens before each window's text; `n_windows` of them at most.
             no_repeat_ngram_size: so many tokens are never written twice in the same order; 0: may.
         """
-        size = no_repeat_ngram_size
-        step = self._steps.setdefault(size, Replay(partial(self._step, size), self._lane))
-        found: list[Written] = []
+        if not prompts:
+            return []
+        n = min(size for size in buckets(self.n_windows) if size >= len(prompts))
+        work = partial(self._step, n, no_repeat_ngram_size)
+        step = self._steps.setdefault((n, no_repeat_ngram_size), Replay(work, self._lane))
         with self._lane.entered():
-            for begin in range(0, len(prompts), self.n_windows):
-                some = prompts[begin : begin + self.n_windows]
-                for window in range(len(some)):
-                    self._rows.listen(window, outputs(begin + window))
-                self._state.begin(some)
-                self._search(step, max(map(len, some)) - 1 + self._max_new)
-                found += self._state.chosen(len(some))
-        return found
+            for window in range(len(prompts)):
+                self._rows.listen(window, output(window))
+            self._rows.forget(slice(0, n * self._n_beams))
+            self._state.begin(prompts)
+            self._search(step, max(map(len, prompts)) - 1 + self._max_new)
+            return self._state.chosen(len(prompts))
 
     def _search(self, step: Replay, n_steps: int) -> None:
         """Step until every window is done, which the host knows a look or two late."""
@@ -101,48 +109,48 @@ class BeamDecoder:
 
     # ---- one step -----------------------------------------------------------------------
 
-    def _step(self, no_repeat_ngram_size: int) -> None:
-        """One token more for every text. In place, without allocations that last."""
-        state, n_beams = self._state, self._n_beams
-        logits = self._rows.logits(state.token, state.position, self.n_windows)
-        self._note_silence(logits)
+    def _step(self, n: int, no_repeat_ngram_size: int) -> None:
+        """One token more for every text of the first `n` windows. In place, nothing that lasts."""
+        state, n_beams = self._state.first(n), self._n_beams
+        logits = self._rows.logits(state.token, state.position, n)
+        self._note_silence(state, logits)
         following = state.position + 1
         searching = (following >= state.prompt_length) & (state.count < self._max_new)
         if no_repeat_ngram_size:
             _forbid_repeats(logits, state, no_repeat_ngram_size, self._vocabulary.start)
         self._rules.apply(logits, state.text())
         likely = logits.log_softmax(dim=1).topk(n_beams + 1, dim=1)
-        totals = (state.total[:, None] + likely.values).view(self.n_windows, -1)
+        totals = (state.total[:, None] + likely.values).view(n, -1)
         # A row has one end at most, so among twice as many there are enough that go on.
         best = totals.topk(2 * n_beams, dim=1)
-        tokens = likely.indices.view(self.n_windows, -1).gather(1, best.indices)
+        tokens = likely.indices.view(n, -1).gather(1, best.indices)
         parents = best.indices // (n_beams + 1) + state.first_rows[:, None]
         ends = tokens == self._vocabulary.end
         n_before = (~ends).cumsum(dim=1) - (~ends).long()
-        ended = ends & (n_before < n_beams)  # the rest is worse than all that go on
-        self._note_ended(ended, parents, best.values, searching)
+        # What comes after those that go on is worse than all of them.
+        ended = ends & (n_before < n_beams) & (best.values > -torch.inf)
+        self._note_ended(state, ended, parents, best.values, searching)
         # Those that go on, first; a stable order, so the likeliest of them.
         chosen = ends.long().sort(dim=1, stable=True).indices[:, :n_beams]
         parent = parents.gather(1, chosen).flatten()
         self._go_on(
+            state,
             searching,
             torch.where(searching, parent, state.own_rows),
             tokens.gather(1, chosen).flatten(),
             best.values.gather(1, chosen).flatten(),
         )
 
-    def _note_silence(self, logits: Tensor) -> None:
-        state = self._state
+    def _note_silence(self, state: _State, logits: Tensor) -> None:
         first = logits[:: self._n_beams]
         silence = (first[:, self._vocabulary.no_speech] - first.logsumexp(dim=1)).exp()
         at_start = state.position[:: self._n_beams] == 0
         state.no_speech.copy_(torch.where(at_start, silence, state.no_speech))
 
     def _note_ended(
-        self, ended: Tensor, parents: Tensor, totals: Tensor, searching: Tensor
+        self, state: _State, ended: Tensor, parents: Tensor, totals: Tensor, searching: Tensor
     ) -> None:
         """Of the texts that end in this step, all of one length, the likeliest may be the best."""
-        state = self._state
         searching, count = searching[:: self._n_beams], state.count[:: self._n_beams]
         n_now = torch.where(searching & (state.n_ended < self._n_beams), ended.sum(dim=1), 0)
         first = ended.long().argmax(dim=1, keepdim=True)
@@ -156,9 +164,10 @@ class BeamDecoder:
         state.best.copy_(torch.where(is_better[:, None], written, state.best))
         state.n_ended.add_(n_now)
 
-    def _go_on(self, searching: Tensor, parent: Tensor, token: Tensor, total: Tensor) -> None:
+    def _go_on(
+        self, state: _State, searching: Tensor, parent: Tensor, token: Tensor, total: Tensor
+    ) -> None:
         """Every row goes on from its parent's text."""
-        state = self._state
         self._rows.take(parent)
         at = state.count.clamp(max=self._max_new - 1)[:, None]
         written = state.written.index_select(0, parent)
@@ -204,14 +213,19 @@ class _State:
     """Small buffers: of each row, a window's rows side by side, and of each window.
 
     Attributes:
+        n_beams: rows of a window.
         token, position: of a row: what the next step reads, and where.
+        prompt, prompt_length: of a row, its window's.
         total: of a row's text: sum of its log-probabilities; minus infinity where there is none.
         written, count, last_was_time, before_was_time, latest_time: of a row's text.
+        own_rows: of a row: its number.
         n_ended: of a window: texts that have ended; what ends after `n_beams` does not count.
         best, best_count, best_total, best_mean: of a window: the best text that has ended.
-        first_rows, own_rows: of a window its first row, of a row itself; never changed.
+        no_speech: of a window.
+        first_rows: of a window: its first row.
     """
 
+    n_beams: int
     token: Tensor
     position: Tensor
     prompt: Tensor
@@ -222,6 +236,7 @@ class _State:
     last_was_time: Tensor
     before_was_time: Tensor
     latest_time: Tensor
+    own_rows: Tensor
     n_ended: Tensor
     best: Tensor
     best_count: Tensor
@@ -229,7 +244,6 @@ class _State:
     best_mean: Tensor
     no_speech: Tensor
     first_rows: Tensor
-    own_rows: Tensor
 
     @classmethod
     def empty(cls, n_windows: int, n_beams: int, max_new: int, device: str) -> _State:
@@ -239,6 +253,7 @@ class _State:
             return torch.zeros(*shape, dtype=dtype, device=device)
 
         return cls(
+            n_beams=n_beams,
             token=zeros(n_rows),
             position=zeros(n_rows),
             prompt=zeros(n_rows, MAX_PROMPT),
@@ -249,6 +264,7 @@ class _State:
             last_was_time=zeros(n_rows, dtype=torch.bool),
             before_was_time=zeros(n_rows, dtype=torch.bool),
             latest_time=zeros(n_rows),
+            own_rows=torch.arange(n_rows, device=device),
             n_ended=zeros(n_windows),
             best=zeros(n_windows, max_new),
             best_count=zeros(n_windows),
@@ -256,8 +272,13 @@ class _State:
             best_mean=zeros(n_windows, dtype=torch.float32),
             no_speech=zeros(n_windows, dtype=torch.float32),
             first_rows=torch.arange(0, n_rows, n_beams, device=device),
-            own_rows=torch.arange(n_rows, device=device),
         )
+
+    def first(self, n: int) -> _State:
+        """The first `n` windows and their rows: views, not copies."""
+        n_windows = len(self.n_ended)
+        tensors = [getattr(self, name) for name in self.__slots__[1:]]
+        return _State(self.n_beams, *(t[: n * len(t) // n_windows] for t in tensors))
 
     def text(self) -> TextState:
         """For the rules."""
@@ -265,17 +286,16 @@ class _State:
 
     def begin(self, prompts: Sequence[Sequence[int]]) -> None:
         """Seat a window for each prompt; places that are left are done already."""
-        n_windows, n_beams = len(self.n_ended), len(self.token) // len(self.n_ended)
         told = [[len(p), *p, *[0] * (MAX_PROMPT - len(p))] for p in prompts]
-        told += [[1] + [0] * MAX_PROMPT] * (n_windows - len(prompts))
-        device = str(self.token.device)
-        values = to_device(torch.tensor(told), device).repeat_interleave(n_beams, dim=0)
+        told += [[1] + [0] * MAX_PROMPT] * (len(self.n_ended) - len(prompts))
+        values = to_device(torch.tensor(told), str(self.token.device))
+        values = values.repeat_interleave(self.n_beams, dim=0)
         self.prompt_length.copy_(values[:, 0])
         self.prompt.copy_(values[:, 1:])
         self.token.copy_(values[:, 1])
         for rows in (self.position, self.count, self.latest_time, self.n_ended):
             rows.zero_()
-        self.n_ended[len(prompts) :] = n_beams
+        self.n_ended[len(prompts) :] = self.n_beams
         # As if timestamps had come before: the first token is one by another rule.
         self.last_was_time.fill_(True)
         self.before_was_time.fill_(True)
@@ -286,12 +306,10 @@ class _State:
 
     def chosen(self, n: int) -> list[Written]:
         """The best text of each of the first `n` windows: one that ended, if any did."""
-        n_beams = len(self.token) // len(self.n_ended)
-        going = self.total.view(-1, n_beams).argmax(dim=1) + self.first_rows
-        has_ended = self.n_ended > 0
+        going = self.total.view(-1, self.n_beams).argmax(dim=1) + self.first_rows
+        has_ended = self.best_mean > -torch.inf
         written = torch.where(has_ended[:, None], self.best, self.written[going])
         count = torch.where(has_ended, self.best_count, self.count[going])
         total = torch.where(has_ended, self.best_total, self.total[going])
-        silent = self.no_speech
-        told = (part[:n].tolist() for part in (written, count, total, silent))
+        told = (part[:n].tolist() for part in (written, count, total, self.no_speech))
         return [Written(ids[:length], *rest) for ids, length, *rest in zip(*told, strict=True)]

@@ -127,7 +127,7 @@ class SlotDecoder:
         self._state = _State.empty(n_slots, self._max_new, len(vocabulary.languages), self._device)
         self.rules = Rules(vocabulary, model.config.vocab_size, self._device)
         self._languages = torch.tensor(vocabulary.languages, device=self._device)
-        self._steps = {n: Replay(partial(self._step, n), self.lane) for n in _buckets(n_slots)}
+        self._steps = {n: Replay(partial(self._step, n), self.lane) for n in buckets(n_slots)}
         self._looks = itertools.cycle([_Look(self._state) for _ in range(looks_behind + 1)])
         if self.lane.is_cuda:  # the buffers were filled in another lane
             torch.cuda.synchronize()
@@ -182,6 +182,7 @@ class SlotDecoder:
         slots = free[: len(windows)]
         for slot, window in zip(slots, windows, strict=True):
             sitting[slot] = window
+            self.rows.forget(slice(slot, slot + 1))
             self.rows.listen(slot, output(window))
         if slots:
             self._state.begin(slots, windows, [prompts[w] for w in windows], self._device)
@@ -230,6 +231,7 @@ class SlotDecoder:
                 some = outputs[begin : begin + self.n_slots]
                 slots = list(range(len(some)))
                 for slot, output in enumerate(some):
+                    self.rows.forget(slice(slot, slot + 1))
                     self.rows.listen(slot, output)
                 prompts = [[self._vocabulary.start]] * len(some)
                 self._state.begin(slots, slots, prompts, self._device)
@@ -280,8 +282,8 @@ class SlotDecoder:
         state.position.copy_(torch.where(state.ended, state.position, following))
 
 
-def _buckets(n_slots: int) -> list[int]:
-    """How many slots a step may take: all, half of them, and so on."""
+def buckets(n_slots: int) -> list[int]:
+    """How many slots, or windows, a step may take: all, half of them, and so on."""
     sizes = [n_slots]
     while sizes[-1] > 1:
         sizes.append((sizes[-1] + 1) // 2)

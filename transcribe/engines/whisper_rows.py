@@ -67,6 +67,10 @@ class DecoderRows:
         made = made.view(len(output), 2, self._own.shape[1], weights.heads, -1)
         self._cross[:, :, window].copy_(made.permute(1, 2, 3, 0, 4))
 
+    def forget(self, rows: slice) -> None:
+        """Clear what rows have read: what is masked must be a number all the same."""
+        self._own[:, :, rows] = 0
+
     def move(self, source: int, target: int) -> None:
         """Copy a window and the row of the same number to another place."""
         for buffer in (self._cross, self._own):

@@ -152,8 +152,8 @@ class TorchRuntime:
             for chunk in self._encoder.chunks(some):
                 self._encoder.hear([some[i] for i in chunk])
             asked = prompts[begin : begin + decoder.n_windows]
-            outputs = partial(_output_at, some)
-            texts = decoder.write(outputs, asked, search.no_repeat_ngram_size)
+            output = partial(_output_at, some)
+            texts = decoder.write(output, asked, search.no_repeat_ngram_size)
             found += map(_generated, texts)
         self._encoder.count()
         return found
