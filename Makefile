@@ -15,7 +15,7 @@ test: $(INSTALLED)
 
 # 200 schedules of faults, or CHAOS_SCHEDULES of them from CHAOS_SEED on: hours.
 chaos: $(INSTALLED)
-	CHAOS_SCHEDULES=$${CHAOS_SCHEDULES:-200} CHAOS_STOP_S=$${CHAOS_STOP_S:-30} \
+	CHAOS_SCHEDULES=$${CHAOS_SCHEDULES:-200} CHAOS_SEED=$${CHAOS_SEED:-1} CHAOS_STOP_S=$${CHAOS_STOP_S:-30} \
 		$(BIN)/python -m pytest -s tests/chaos -m "long or not long"
 
 test-long: $(INSTALLED)

@@ -1,6 +1,6 @@
 """After any sequence of faults the same command ends with the rows of an undisturbed run.
 
-`make test` runs a handful of schedules, `make chaos` as many as CHAOS_SCHEDULES says, from seed
+`make test` runs one schedule, `make chaos` as many as CHAOS_SCHEDULES says, from seed
 CHAOS_SEED on, with processes stopped for up to CHAOS_STOP_S seconds. OUT lies on a small tmpfs that
 is made read-only and filled up for real; where nobody may mount one, these two faults are left out.
 """
@@ -24,8 +24,8 @@ from tests.chaos.schedules import EVERYWHERE, Hand, published, schedule
 from tests.chaos.world import RAY, REPO, World, environment
 from transcribe.schema import PROVENANCE_ONLY
 
-N_SCHEDULES = int(os.environ.get("CHAOS_SCHEDULES", "2"))
-FIRST_SEED = int(os.environ.get("CHAOS_SEED", "1"))
+N_SCHEDULES = int(os.environ.get("CHAOS_SCHEDULES", "1"))
+FIRST_SEED = int(os.environ.get("CHAOS_SEED", "112"))  # all its three faults strike
 STOP_S = float(os.environ.get("CHAOS_STOP_S", "3"))
 N_RECORDINGS, SECONDS = 24, 6
 N_SHARDS = 8

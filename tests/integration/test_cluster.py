@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pyarrow.parquet as pq
@@ -23,11 +24,15 @@ def archive(tmp_path_factory, write_archive):
 
 
 def submit(cluster, *arguments, token=None):
-    """What the README says to type, from a checkout."""
+    """What the README says to type, from a checkout; a cluster just started may not take it yet."""
     flags = ["--address", cluster.dashboard, "--working-dir", "."]
     job = ["python", "-m", "jobs.transcribe", *map(str, arguments), "--model", "fake"]
     ray = Path(sys.executable).parent / "ray"
-    return command(cluster, [ray, "job", "submit", *flags, "--", *job], token)
+    until = time.monotonic() + 120
+    while True:
+        done = command(cluster, [ray, "job", "submit", *flags, "--", *job], token)
+        if "No available agent" not in done.stderr or time.monotonic() > until:
+            return done
 
 
 def join(cluster, *arguments, token=None):

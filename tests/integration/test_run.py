@@ -336,7 +336,7 @@ def test_transcripts_that_are_taken_away_meanwhile_are_missed(tmp_path, write_ar
     flags = ["--shard-minutes", "0.05", "--max-failed", "1"]
     command = [sys.executable, "-m", "jobs.transcribe", str(archive), str(out)]
     with subprocess.Popen(
-        [*command, "--model", "fake@5", *flags], stderr=subprocess.PIPE, text=True
+        [*command, "--model", "fake@12", *flags], stderr=subprocess.PIPE, text=True
     ) as victim:
         while victim.poll() is None and not list(out.glob("transcripts/*.parquet")):
             time.sleep(0.02)
@@ -347,7 +347,7 @@ def test_transcripts_that_are_taken_away_meanwhile_are_missed(tmp_path, write_ar
     assert victim.returncode == 2, stderr
     assert stderr.startswith(f"Error: {gone} recordings of this run have no row in {out}")
     assert the_report(out)["ended"] == "stopped"
-    assert transcribe(archive, out, *flags, model="fake@5").exit_code == 0
+    assert transcribe(archive, out, *flags, model="fake@12").exit_code == 0
     assert [row["uri"] for row in rows_of(out)] == [str(p) for p in sorted(archive.iterdir())]
 
 
