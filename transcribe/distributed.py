@@ -485,6 +485,8 @@ class Round:
         return self
 
     def __exit__(self, *error: object) -> None:
+        if self._head.is_home_lost():  # nobody answers, and to ask might end this process
+            return
         if not self._is_over:  # or engines would keep their place
             _LEAVING.set()
             self._thread.join(_LEAVE_S)
@@ -710,6 +712,7 @@ class _Head:
         self._home = ray.get_runtime_context().get_node_id()
         self._heard_at = self._ticked_at = time.monotonic()
         self._is_home_alive = True
+        self._raylet = _own_raylet()
         self._living: set[str] | None = None
         self._is_over = threading.Event()
         for work in (self._ask, self._have_the_last_word):
@@ -726,8 +729,17 @@ class _Head:
         if self._silent_s() > _SILENCE_S:
             atexit.unregister(ray.shutdown)  # it would wait for the head
             raise Fatal(self._sentence())
-        if not self._is_home_alive:
+        if self.is_home_lost():
             raise Fatal("Ray has ended on this machine under the run." + _AGAIN)
+
+    def is_home_lost(self) -> bool:
+        """Whether Ray is no more on this machine.
+
+        As soon as the head knows it, too, Ray ends this process without a word.
+        """
+        return not self._is_home_alive or (
+            self._raylet is not None and not _is_running(self._raylet)
+        )
 
     def has(self, node_id: str) -> bool:
         """Whether a machine was there when last asked; also before the first answer."""
@@ -793,6 +805,24 @@ def _within(seconds: float, ask: Callable[[], T]) -> T | None:
         return answers.get(timeout=seconds)
     except queue.Empty:
         return None
+
+
+def _own_raylet() -> Path | None:
+    """What /proc tells of the raylet that this process has started, if it has."""
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        with suppress(OSError, IndexError):
+            name, rest = stat.read_text().partition("(")[2].rsplit(")", 1)
+            if name == "raylet" and int(rest.split()[1]) == os.getpid():
+                return stat
+    return None
+
+
+def _is_running(stat: Path) -> bool:
+    """Whether a process of /proc is there and has not ended."""
+    try:
+        return stat.read_text().rpartition(")")[2].split()[0] not in ("Z", "X")
+    except OSError:
+        return False
 
 
 def _living_nodes() -> set[str]:
