@@ -15,7 +15,8 @@ from transformers import (
 )
 from transformers.modeling_outputs import BaseModelOutput
 
-from transcribe.engines.whisper_decoding import LAST_FIRST_TIMESTAMP, Vocabulary
+from transcribe.engines.whisper_decoding import Vocabulary
+from transcribe.engines.whisper_tokens import LAST_FIRST_TIMESTAMP
 
 
 @torch.inference_mode()

@@ -29,7 +29,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from types import TracebackType
 
-from transcribe import storage
+from transcribe import processes, storage
 from transcribe.errors import BadAudio, Fatal, TranscribeError
 from transcribe.printable import redacted
 
@@ -65,7 +65,7 @@ class Holder:
     def is_gone(self) -> bool:
         """Whether it ran on this machine and its process is no more; False if nobody can tell."""
         here = self.machine == _machine() != ""
-        return here and _process_started(self.pid) != self.process_started
+        return here and processes.started(self.pid) != self.process_started
 
 
 class Claim:
@@ -87,7 +87,7 @@ class Claim:
             host=platform.node(),
             machine=_machine(),
             pid=os.getpid(),
-            process_started=_process_started(os.getpid()),
+            process_started=processes.started(os.getpid()),
             since=f"{datetime.now(UTC):%Y-%m-%d %H:%M:%S} UTC",
         )
         self._version: str | None = None
@@ -229,12 +229,3 @@ def _machine() -> str:
         return f"{boot} {Path('/proc/self/ns/pid').readlink()}"
     except OSError:
         return ""
-
-
-def _process_started(pid: int) -> str:
-    """Tells a process from a later one with its number; empty if it has ended."""
-    try:
-        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    except OSError:
-        return ""
-    return "" if fields[0] in "ZX" else fields[19]

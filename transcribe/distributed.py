@@ -36,7 +36,7 @@ from ray.autoscaler.sdk import request_resources
 from ray.data._internal.execution.execution_callback import ExecutionCallback
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from transcribe import pipeline
+from transcribe import pipeline, processes
 from transcribe.budget import THIS_MACHINE, PaidMachine
 from transcribe.config import Device, EngineName, cpu_engines
 from transcribe.engines.base import Engine
@@ -471,9 +471,7 @@ class Round:
         dataset = _dataset(shards, job, self._workers, self._watch)
         self._thread = threading.Thread(target=self._drain, args=(dataset,), daemon=True)
         self._is_over = self.stood_still = False
-        resources = _within(_ANSWER_S, _resources) or {}
-        room = _fit(job.device, self._workers, resources)
-        self._room = room.workers if room else 0
+        self._room = fits_now(Placement(job.device, self._workers)).workers
         self._asked_at = 0.0
         self._changed_at = self._heard_at = time.monotonic()
         self._head = _Head()
@@ -711,8 +709,7 @@ class _Head:
     def __init__(self) -> None:
         self._home = ray.get_runtime_context().get_node_id()
         self._heard_at = self._ticked_at = time.monotonic()
-        self._is_home_alive = True
-        self._raylet = _own_raylet()
+        self._raylet = processes.child_named("raylet", os.getpid())
         self._living: set[str] | None = None
         self._is_over = threading.Event()
         for work in (self._ask, self._have_the_last_word):
@@ -737,9 +734,8 @@ class _Head:
 
         As soon as the head knows it, too, Ray ends this process without a word.
         """
-        return not self._is_home_alive or (
-            self._raylet is not None and not _is_running(self._raylet)
-        )
+        has_ended = self._raylet is not None and not processes.started(self._raylet)
+        return has_ended or not self.has(self._home)
 
     def has(self, node_id: str) -> bool:
         """Whether a machine was there when last asked; also before the first answer."""
@@ -764,7 +760,6 @@ class _Head:
         while not self._is_over.wait(_HEAD_EVERY_S):
             with suppress(Exception):  # that it does not answer is known from the time
                 self._living = _living_nodes()
-                self._is_home_alive = self._home in self._living
                 self._heard_at = time.monotonic()
 
     def _have_the_last_word(self) -> None:
@@ -805,24 +800,6 @@ def _within(seconds: float, ask: Callable[[], T]) -> T | None:
         return answers.get(timeout=seconds)
     except queue.Empty:
         return None
-
-
-def _own_raylet() -> Path | None:
-    """What /proc tells of the raylet that this process has started, if it has."""
-    for stat in Path("/proc").glob("[0-9]*/stat"):
-        with suppress(OSError, IndexError):
-            name, rest = stat.read_text().partition("(")[2].rsplit(")", 1)
-            if name == "raylet" and int(rest.split()[1]) == os.getpid():
-                return stat
-    return None
-
-
-def _is_running(stat: Path) -> bool:
-    """Whether a process of /proc is there and has not ended."""
-    try:
-        return stat.read_text().rpartition(")")[2].split()[0] not in ("Z", "X")
-    except OSError:
-        return False
 
 
 def _living_nodes() -> set[str]:
@@ -914,22 +891,14 @@ class _WatchActor:
 
 
 def _kill(worker: Worker) -> None:
-    if _started(worker.pid) == worker.started:
+    if processes.started(worker.pid) == worker.started:
         os.kill(worker.pid, signal.SIGKILL)
 
 
 @functools.cache
 def _this_worker() -> Worker:
     pid = os.getpid()
-    return Worker(ray.get_runtime_context().get_node_id(), pid, _started(pid))
-
-
-def _started(pid: int) -> str:
-    """When a process was started, in the kernel's ticks; empty if there is none."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
-    except (OSError, IndexError):
-        return ""
+    return Worker(ray.get_runtime_context().get_node_id(), pid, processes.started(pid))
 
 
 def _decode(row: _Row, job: Job, watch: Any) -> Iterator[_Row]:

@@ -21,7 +21,7 @@ from transcribe.decode import decode
 from transcribe.engines.base import EngineInput
 from transcribe.engines.whisper import Search, Whisper, load_whisper
 from transcribe.engines.whisper_decoding import Vocabulary
-from transcribe.engines.whisper_rows import MAX_NEW_TOKENS
+from transcribe.engines.whisper_tokens import MAX_NEW_TOKENS
 from transcribe.models import resolve
 from transcribe.score import score_texts
 

@@ -8,7 +8,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from transcribe.engines.whisper_search import MAX_NEW_TOKENS, TextRules, beams, greedy
+from transcribe.engines.whisper_search import TextRules, beams, greedy
+from transcribe.engines.whisper_tokens import MAX_NEW_TOKENS
 
 # Words 0 to 5, end 6, special tokens 7 to 9, timestamps 10 to 29.
 END, START, FIRST_TIME, VOCABULARY = 6, 7, 10, 30

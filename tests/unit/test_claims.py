@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from transcribe import claims, storage
+from transcribe import claims, processes, storage
 from transcribe.claims import Claim
 from transcribe.errors import Fatal
 
@@ -82,9 +82,9 @@ def test_a_dead_run_of_this_machine_is_taken_over_at_once(
     out: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     child = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
-    _leave(out, pid=child.pid, process_started=claims._process_started(child.pid))
+    _leave(out, pid=child.pid, process_started=processes.started(child.pid))
     child.kill()  # it stays a zombie until it is waited for
-    while claims._process_started(child.pid):
+    while processes.started(child.pid):
         time.sleep(0.01)
     monkeypatch.setattr(claims, "DEAD_AFTER_S", 300.0)
     said: list[str] = []

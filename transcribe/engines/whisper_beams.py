@@ -19,12 +19,14 @@ from torch import Tensor
 from transcribe.engines.lanes import Lane, Mark, Replay, on_host, to_device
 from transcribe.engines.whisper_decoding import (
     Rules,
-    TextState,
+    Texts,
     Vocabulary,
     Written,
     buckets,
+    told,
 )
-from transcribe.engines.whisper_rows import MAX_NEW_TOKENS, MAX_PROMPT, DecoderRows
+from transcribe.engines.whisper_rows import MAX_PROMPT, DecoderRows
+from transcribe.engines.whisper_tokens import MAX_NEW_TOKENS
 
 _STEPS_PER_LOOK = 8
 
@@ -80,8 +82,7 @@ class BeamDecoder:
         step = self._steps.setdefault((n, no_repeat_ngram_size), Replay(work, self._lane))
         with self._lane.entered():
             for window in range(len(prompts)):
-                self._rows.listen(window, output(window))
-            self._rows.forget(slice(0, n * self._n_beams))
+                self._rows.listen(window, output(window), self._n_beams)
             self._state.begin(prompts)
             self._search(step, max(map(len, prompts)) - 1 + self._max_new)
             return self._state.chosen(len(prompts))
@@ -118,7 +119,7 @@ class BeamDecoder:
         searching = (following >= state.prompt_length) & (state.count < self._max_new)
         if no_repeat_ngram_size:
             _forbid_repeats(logits, state, no_repeat_ngram_size, self._vocabulary.start)
-        self._rules.apply(logits, state.text())
+        self._rules.apply(logits, state)
         likely = logits.log_softmax(dim=1).topk(n_beams + 1, dim=1)
         totals = (state.total[:, None] + likely.values).view(n, -1)
         # A row has one end at most, so among twice as many there are enough that go on.
@@ -183,8 +184,7 @@ class BeamDecoder:
         state.total.copy_(torch.where(searching, total, state.total))
         state.count.add_(searching)
         following = state.position + 1
-        given = state.prompt.gather(1, following.clamp(max=MAX_PROMPT - 1)[:, None])[:, 0]
-        state.token.copy_(torch.where(searching, token, given))
+        state.token.copy_(torch.where(searching, token, state.given(following)))
         state.position.copy_(following.clamp(max=self._rows.n_positions - 1))
 
 
@@ -209,86 +209,62 @@ def _forbid_repeats(logits: Tensor, state: _State, size: int, never: int) -> Non
 
 
 @dataclass(frozen=True, slots=True)
-class _State:
+class _State(Texts):
     """Small buffers: of each row, a window's rows side by side, and of each window.
 
     Attributes:
-        n_beams: rows of a window.
-        token, position: of a row: what the next step reads, and where.
-        prompt, prompt_length: of a row, its window's.
-        total: of a row's text: sum of its log-probabilities; minus infinity where there is none.
-        written, count, last_was_time, before_was_time, latest_time: of a row's text.
-        own_rows: of a row: its number.
+        total: of a row: minus infinity where there is no text.
         n_ended: of a window: texts that have ended; what ends after `n_beams` does not count.
         best, best_count, best_total, best_mean: of a window: the best text that has ended.
         no_speech: of a window.
-        first_rows: of a window: its first row.
+        own_rows, first_rows: of a row its number, of a window its first row.
     """
 
-    n_beams: int
-    token: Tensor
-    position: Tensor
-    prompt: Tensor
-    prompt_length: Tensor
-    written: Tensor
-    count: Tensor
-    total: Tensor
-    last_was_time: Tensor
-    before_was_time: Tensor
-    latest_time: Tensor
-    own_rows: Tensor
     n_ended: Tensor
     best: Tensor
     best_count: Tensor
     best_total: Tensor
     best_mean: Tensor
     no_speech: Tensor
+    own_rows: Tensor
     first_rows: Tensor
 
     @classmethod
     def empty(cls, n_windows: int, n_beams: int, max_new: int, device: str) -> _State:
         n_rows = n_windows * n_beams
 
-        def zeros(*shape: int, dtype: torch.dtype = torch.int64) -> Tensor:
-            return torch.zeros(*shape, dtype=dtype, device=device)
+        def whole(*shape: int) -> Tensor:
+            return torch.zeros(n_windows, *shape, dtype=torch.int64, device=device)
+
+        def floats() -> Tensor:
+            return torch.zeros(n_windows, device=device)
 
         return cls(
-            n_beams=n_beams,
-            token=zeros(n_rows),
-            position=zeros(n_rows),
-            prompt=zeros(n_rows, MAX_PROMPT),
-            prompt_length=zeros(n_rows) + 1,
-            written=zeros(n_rows, max_new),
-            count=zeros(n_rows),
-            total=zeros(n_rows, dtype=torch.float32),
-            last_was_time=zeros(n_rows, dtype=torch.bool),
-            before_was_time=zeros(n_rows, dtype=torch.bool),
-            latest_time=zeros(n_rows),
+            **cls.buffers(n_rows, max_new, device),
+            n_ended=whole(),
+            best=whole(max_new),
+            best_count=whole(),
+            best_total=floats(),
+            best_mean=floats(),
+            no_speech=floats(),
             own_rows=torch.arange(n_rows, device=device),
-            n_ended=zeros(n_windows),
-            best=zeros(n_windows, max_new),
-            best_count=zeros(n_windows),
-            best_total=zeros(n_windows, dtype=torch.float32),
-            best_mean=zeros(n_windows, dtype=torch.float32),
-            no_speech=zeros(n_windows, dtype=torch.float32),
             first_rows=torch.arange(0, n_rows, n_beams, device=device),
         )
+
+    @property
+    def n_beams(self) -> int:
+        """Rows of a window."""
+        return len(self.token) // len(self.n_ended)
 
     def first(self, n: int) -> _State:
         """The first `n` windows and their rows: views, not copies."""
         n_windows = len(self.n_ended)
-        tensors = [getattr(self, name) for name in self.__slots__[1:]]
-        return _State(self.n_beams, *(t[: n * len(t) // n_windows] for t in tensors))
-
-    def text(self) -> TextState:
-        """For the rules."""
-        return TextState(self.count, self.last_was_time, self.before_was_time, self.latest_time)
+        return _State(*(t[: n * len(t) // n_windows] for t in self.tensors()))
 
     def begin(self, prompts: Sequence[Sequence[int]]) -> None:
         """Seat a window for each prompt; places that are left are done already."""
-        told = [[len(p), *p, *[0] * (MAX_PROMPT - len(p))] for p in prompts]
-        told += [[1] + [0] * MAX_PROMPT] * (len(self.n_ended) - len(prompts))
-        values = to_device(torch.tensor(told), str(self.token.device))
+        seated = [*prompts, *[[0]] * (len(self.n_ended) - len(prompts))]
+        values = to_device(torch.tensor([told(p) for p in seated]), str(self.token.device))
         values = values.repeat_interleave(self.n_beams, dim=0)
         self.prompt_length.copy_(values[:, 0])
         self.prompt.copy_(values[:, 1:])
@@ -311,5 +287,5 @@ class _State:
         written = torch.where(has_ended[:, None], self.best, self.written[going])
         count = torch.where(has_ended, self.best_count, self.count[going])
         total = torch.where(has_ended, self.best_total, self.total[going])
-        told = (part[:n].tolist() for part in (written, count, total, self.no_speech))
-        return [Written(ids[:length], *rest) for ids, length, *rest in zip(*told, strict=True)]
+        parts = (part[:n].tolist() for part in (written, count, total, self.no_speech))
+        return [Written(ids[:length], *rest) for ids, length, *rest in zip(*parts, strict=True)]

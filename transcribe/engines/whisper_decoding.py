@@ -18,7 +18,7 @@ from __future__ import annotations
 import itertools
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import partial
 from typing import Any, Protocol
 
@@ -26,10 +26,13 @@ import torch
 from torch import Tensor
 
 from transcribe.engines.lanes import Lane, Mark, Replay, on_host, to_device
-from transcribe.engines.whisper_rows import MAX_NEW_TOKENS, MAX_PROMPT, DecoderRows
-from transcribe.engines.whisper_tokens import WhisperTokens
+from transcribe.engines.whisper_rows import MAX_PROMPT, DecoderRows
+from transcribe.engines.whisper_tokens import (
+    LAST_FIRST_TIMESTAMP,
+    MAX_NEW_TOKENS,
+    WhisperTokens,
+)
 
-LAST_FIRST_TIMESTAMP = 50  # text begins in the first second (max_initial_timestamp)
 _NOBODY = -1
 
 
@@ -182,7 +185,6 @@ class SlotDecoder:
         slots = free[: len(windows)]
         for slot, window in zip(slots, windows, strict=True):
             sitting[slot] = window
-            self.rows.forget(slice(slot, slot + 1))
             self.rows.listen(slot, output(window))
         if slots:
             self._state.begin(slots, windows, [prompts[w] for w in windows], self._device)
@@ -195,7 +197,7 @@ class SlotDecoder:
             free = [slot for slot in range(fewest) if sitting[slot] is None]
             for slot in (s for s in busy if s >= fewest):
                 target = free.pop(0)
-                for rows in self._state.rows():
+                for rows in self._state.tensors():
                     rows[target].copy_(rows[slot])
                 self.rows.move(slot, target)
                 self._state.leave(slot)
@@ -231,7 +233,6 @@ class SlotDecoder:
                 some = outputs[begin : begin + self.n_slots]
                 slots = list(range(len(some)))
                 for slot, output in enumerate(some):
-                    self.rows.forget(slice(slot, slot + 1))
                     self.rows.listen(slot, output)
                 prompts = [[self._vocabulary.start]] * len(some)
                 self._state.begin(slots, slots, prompts, self._device)
@@ -252,7 +253,7 @@ class SlotDecoder:
         state.no_speech.copy_(torch.where(at_start, silence.exp(), state.no_speech))
         languages = logits.index_select(1, self._languages)
         state.languages.copy_(torch.where(at_start[:, None], languages, state.languages))
-        self.rules.apply(logits, state.text())
+        self.rules.apply(logits, state)
         best, token = logits.max(dim=1)
         self._advance(state, token, best - logits.logsumexp(dim=1))
 
@@ -276,8 +277,7 @@ class SlotDecoder:
         if not self._ignore_end:
             over = over | (token == self._vocabulary.end)
         state.ended.logical_or_(writing & over)
-        given = state.prompt.gather(1, following.clamp(max=MAX_PROMPT - 1)[:, None])[:, 0]
-        following_token = torch.where(writing, token, given)
+        following_token = torch.where(writing, token, state.given(following))
         state.token.copy_(torch.where(going, following_token, state.token))
         state.position.copy_(torch.where(state.ended, state.position, following))
 
@@ -294,18 +294,17 @@ def buckets(n_slots: int) -> list[int]:
 
 
 @dataclass(frozen=True, slots=True)
-class _State:
-    """Every slot's small buffers, the slot first.
+class Texts:
+    """Small buffers of the texts that are being written, a row each.
 
     Attributes:
-        window: who sits there; `_NOBODY` is -1.
         token, position: what the next step reads, and where.
-        ended: nothing more is written; also true where nobody sits.
-        count, last_was_time, before_was_time, latest_time: see `TextState`.
-        languages: logits of the language tokens after the start token alone.
+        written, count: its tokens without the prompt, and how many.
+        total: sum of their log-probabilities.
+        last_was_time, before_was_time: of the last two tokens written; before the first, true.
+        latest_time: the latest timestamp written, else 0.
     """
 
-    window: Tensor
     token: Tensor
     position: Tensor
     prompt: Tensor
@@ -313,46 +312,75 @@ class _State:
     written: Tensor
     count: Tensor
     total: Tensor
-    ended: Tensor
     last_was_time: Tensor
     before_was_time: Tensor
     latest_time: Tensor
+
+    @staticmethod
+    def buffers(n_rows: int, max_new: int, device: str) -> dict[str, Tensor]:
+        """Its fields for so many rows, of so many tokens at most."""
+
+        def zeros(*shape: int, dtype: torch.dtype = torch.int64) -> Tensor:
+            return torch.zeros(n_rows, *shape, dtype=dtype, device=device)
+
+        return {
+            "token": zeros(),
+            "position": zeros(),
+            "prompt": zeros(MAX_PROMPT),
+            "prompt_length": zeros() + 1,
+            "written": zeros(max_new),
+            "count": zeros(),
+            "total": zeros(dtype=torch.float32),
+            "last_was_time": zeros(dtype=torch.bool),
+            "before_was_time": zeros(dtype=torch.bool),
+            "latest_time": zeros(),
+        }
+
+    def tensors(self) -> list[Tensor]:
+        """All of it, in the order of the fields."""
+        return [getattr(self, field.name) for field in fields(self)]
+
+    def given(self, position: Tensor) -> Tensor:
+        """The prompt's token at a position of each row; behind the prompt, no matter what."""
+        return self.prompt.gather(1, position.clamp(max=MAX_PROMPT - 1)[:, None])[:, 0]
+
+
+def told(prompt: Sequence[int]) -> list[int]:
+    """A prompt's length and its tokens, filled up."""
+    return [len(prompt), *prompt, *[0] * (MAX_PROMPT - len(prompt))]
+
+
+@dataclass(frozen=True, slots=True)
+class _State(Texts):
+    """Every slot's small buffers, the slot first.
+
+    Attributes:
+        window: who sits there; `_NOBODY` is -1.
+        ended: nothing more is written; also true where nobody sits.
+        languages: logits of the language tokens after the start token alone.
+    """
+
+    window: Tensor
+    ended: Tensor
     no_speech: Tensor
     languages: Tensor
 
     @classmethod
     def empty(cls, n_slots: int, max_new: int, n_languages: int, device: str) -> _State:
-        def zeros(*shape: int, dtype: torch.dtype = torch.int64) -> Tensor:
-            return torch.zeros(n_slots, *shape, dtype=dtype, device=device)
+        def floats(*shape: int) -> Tensor:
+            return torch.zeros(n_slots, *shape, device=device)
 
         return cls(
-            window=zeros() + _NOBODY,
-            token=zeros(),
-            position=zeros(),
-            prompt=zeros(MAX_PROMPT),
-            prompt_length=zeros() + 1,
-            written=zeros(max_new),
-            count=zeros(),
-            total=zeros(dtype=torch.float32),
-            ended=~zeros(dtype=torch.bool),
-            last_was_time=zeros(dtype=torch.bool),
-            before_was_time=zeros(dtype=torch.bool),
-            latest_time=zeros(),
-            no_speech=zeros(dtype=torch.float32),
-            languages=zeros(n_languages, dtype=torch.float32),
+            **cls.buffers(n_slots, max_new, device),
+            window=torch.full((n_slots,), _NOBODY, device=device),
+            ended=torch.ones(n_slots, dtype=torch.bool, device=device),
+            no_speech=floats(),
+            languages=floats(n_languages),
         )
-
-    def rows(self) -> list[Tensor]:
-        """All of it."""
-        return [getattr(self, name) for name in self.__slots__]
-
-    def text(self) -> TextState:
-        """For the rules."""
-        return TextState(self.count, self.last_was_time, self.before_was_time, self.latest_time)
 
     def first(self, n: int) -> _State:
         """The first `n` slots: views, not copies."""
-        return _State(*(rows[:n] for rows in self.rows()))
+        return _State(*(rows[:n] for rows in self.tensors()))
 
     def begin(
         self,
@@ -362,11 +390,11 @@ class _State:
         device: str,
     ) -> None:
         """Seat windows; one copy to the device, then only work on it."""
-        told = [
-            [slot, window, len(prompt), *prompt, *([0] * (MAX_PROMPT - len(prompt)))]
+        seated = [
+            [slot, window, *told(prompt)]
             for slot, window, prompt in zip(slots, windows, prompts, strict=True)
         ]
-        values = to_device(torch.tensor(told), device)
+        values = to_device(torch.tensor(seated), device)
         at = values[:, 0]
         self.window.index_copy_(0, at, values[:, 1])
         self.prompt_length.index_copy_(0, at, values[:, 2])
@@ -389,11 +417,11 @@ class _Look:
     """A copy of the slots on the host, made without waiting."""
 
     def __init__(self, state: _State) -> None:
-        self._copy = _State(*(on_host(rows) for rows in state.rows()))
+        self._copy = _State(*(on_host(rows) for rows in state.tensors()))
         self._mark: Mark | None = None
 
     def begin(self, state: _State, lane: Lane) -> None:
-        for copy, rows in zip(self._copy.rows(), state.rows(), strict=True):
+        for copy, rows in zip(self._copy.tensors(), state.tensors(), strict=True):
             copy.copy_(rows, non_blocking=True)
         self._mark = lane.mark()
 
@@ -407,22 +435,6 @@ class _Look:
 # ---- what may be written ------------------------------------------------------------------
 
 
-@dataclass(frozen=True, slots=True)
-class TextState:
-    """What the rules look at in each row's text.
-
-    Attributes:
-        count: tokens written.
-        last_was_time, before_was_time: of the last two tokens written; before the first, true.
-        latest_time: the latest timestamp written, else 0.
-    """
-
-    count: Tensor
-    last_was_time: Tensor
-    before_was_time: Tensor
-    latest_time: Tensor
-
-
 class Rules:
     """Timestamps come in pairs and in order (Radford et al. 2022, section 2.3); masks only."""
 
@@ -434,7 +446,7 @@ class Rules:
         self._never = torch.isin(ids, torch.tensor(vocabulary.suppressed, device=device))
         self._not_first = (ids < times) | (ids > times + LAST_FIRST_TIMESTAMP)
 
-    def apply(self, logits: Tensor, state: TextState) -> None:
+    def apply(self, logits: Tensor, state: Texts) -> None:
         """Set what may not follow to minus infinity, in place."""
         is_first = state.count == 0
         logits.masked_fill_(self._never | (self._not_first & is_first[:, None]), -torch.inf)

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-MAX_NEW_TOKENS = 224  # half of Whisper's text context, as in its reference decoding
+from transcribe.engines.whisper_tokens import MAX_NEW_TOKENS
+
 MAX_PROMPT = 4
 
 
@@ -55,21 +56,20 @@ class DecoderRows:
         self._own = torch.zeros(2, layers, n_rows, heads, self.n_positions, width, **kept)
         self._axis = torch.arange(self.n_positions, device=model.device)
 
-    def listen(self, window: int, output: Tensor) -> None:
+    def listen(self, window: int, output: Tensor, rows_each: int = 1) -> None:
         """Cross-attention keys and values of all layers, in one product.
 
         Args:
             window: which one.
             output: of the encoder, `[1500, d_model]`.
+            rows_each: as many rows, side by side, begin to write about each window.
         """
+        # What is masked must be a number all the same.
+        self._own[:, :, window * rows_each : (window + 1) * rows_each] = 0
         weights = self._weights
         made = functional.linear(output, weights.cross, weights.cross_bias)
         made = made.view(len(output), 2, self._own.shape[1], weights.heads, -1)
         self._cross[:, :, window].copy_(made.permute(1, 2, 3, 0, 4))
-
-    def forget(self, rows: slice) -> None:
-        """Clear what rows have read: what is masked must be a number all the same."""
-        self._own[:, :, rows] = 0
 
     def move(self, source: int, target: int) -> None:
         """Copy a window and the row of the same number to another place."""
@@ -109,7 +109,7 @@ class DecoderRows:
             query = made.view(n_windows, -1, heads, width).transpose(1, 2)
             keys, values = self._cross[0, index, :n_windows], self._cross[1, index, :n_windows]
             hidden = hidden + layer.cross_out(_attended(query, keys, values, None))
-            hidden = hidden + layer.feed_forward(hidden)
+            hidden = hidden + feed_forward(layer.last, hidden)
         return functional.linear(weights.norm(hidden), weights.projection).float()
 
 
@@ -117,6 +117,20 @@ def _attended(query: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None) 
     """Attention of `[n_windows, heads, rows_each, width]`, scaled already: `[n, d_model]`."""
     heard = functional.scaled_dot_product_attention(query, keys, values, attn_mask=mask, scale=1.0)
     return heard.transpose(1, 2).flatten(0, 1).flatten(1)
+
+
+def fused(attention: Any, scale: float = 1.0) -> tuple[Tensor, Tensor]:
+    """Weight and bias of queries (times `scale`), keys and values in one product."""
+    query, key, value = attention.q_proj, attention.k_proj, attention.v_proj
+    weight = torch.cat([query.weight * scale, key.weight, value.weight])
+    bias = torch.cat([query.bias * scale, torch.zeros_like(value.bias), value.bias])
+    return weight, bias
+
+
+def feed_forward(layer: Any, hidden: Tensor) -> Tensor:
+    """A layer's second half, without the sum."""
+    made: Tensor = layer.fc2(layer.activation_fn(layer.fc1(layer.final_layer_norm(hidden))))
+    return made
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,12 +151,11 @@ class _Layer:
     def of(cls, layer: Any) -> _Layer:
         own, cross = layer.self_attn, layer.encoder_attn
         # 1/8 in every published Whisper: scaling the weights instead loses no bit.
-        query, bias = own.q_proj.weight * own.scaling, own.q_proj.bias * own.scaling
-        no_bias = torch.zeros_like(own.v_proj.bias)
+        weight, bias = fused(own, own.scaling)
         return cls(
             own_norm=layer.self_attn_layer_norm,
-            own=torch.cat([query, own.k_proj.weight, own.v_proj.weight]),
-            own_bias=torch.cat([bias, no_bias, own.v_proj.bias]),
+            own=weight,
+            own_bias=bias,
             own_out=own.out_proj,
             cross_norm=layer.encoder_attn_layer_norm,
             query=cross.q_proj.weight * cross.scaling,
@@ -150,11 +163,6 @@ class _Layer:
             cross_out=cross.out_proj,
             last=layer,
         )
-
-    def feed_forward(self, hidden: Tensor) -> Tensor:
-        layer = self.last
-        made: Tensor = layer.fc2(layer.activation_fn(layer.fc1(layer.final_layer_norm(hidden))))
-        return made
 
 
 @dataclass(frozen=True, slots=True)

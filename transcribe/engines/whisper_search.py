@@ -13,12 +13,14 @@ from typing import Protocol, TypeVar
 import torch
 from torch import Tensor
 
-from transcribe.engines.whisper_tokens import WhisperTokens
+from transcribe.engines.whisper_tokens import (
+    LAST_FIRST_TIMESTAMP,
+    MAX_NEW_TOKENS,
+    WhisperTokens,
+)
 
 T = TypeVar("T")
 
-MAX_NEW_TOKENS = 224  # half of Whisper's text context, as in its reference decoding
-_LAST_FIRST_TIMESTAMP = 50  # text begins in the first second (max_initial_timestamp)
 _LOOP_TOKENS = 40  # a text that repeats itself so long, and so often, will not stop
 _LOOP_TURNS = 4
 _WORTH_DROPPING = 0.25  # share of ended rows from which copying the others pays
@@ -41,7 +43,7 @@ class TextRules:
         self._first = torch.zeros(vocabulary)
         self._first[list(suppressed_first)] = -torch.inf
         self._first[: self.first_timestamp] = -torch.inf
-        self._first[self.first_timestamp + _LAST_FIRST_TIMESTAMP + 1 :] = -torch.inf
+        self._first[self.first_timestamp + LAST_FIRST_TIMESTAMP + 1 :] = -torch.inf
 
     def apply(self, logits: Tensor, written: Tensor) -> None:
         """Set what may not follow to minus infinity.

@@ -20,6 +20,8 @@ from transcribe.errors import Fatal
 from transcribe.languages import UNSPACED_LANGUAGES
 
 SECONDS_PER_TIMESTAMP = 0.02
+MAX_NEW_TOKENS = 224  # half of Whisper's text context, as in its reference decoding
+LAST_FIRST_TIMESTAMP = 50  # text begins in the first second (max_initial_timestamp)
 _FIRST_IDEOGRAPH = "\u2e80"  # what Unicode has before it is alphabets and signs
 
 

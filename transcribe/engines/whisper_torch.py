@@ -31,7 +31,7 @@ from transcribe.engines.whisper import (
 )
 from transcribe.engines.whisper_beams import BeamDecoder
 from transcribe.engines.whisper_decoding import SlotDecoder, Vocabulary, Written
-from transcribe.engines.whisper_rows import slot_bytes
+from transcribe.engines.whisper_rows import feed_forward, fused, slot_bytes
 from transcribe.engines.whisper_tokens import WhisperTokens
 from transcribe.engines.whisper_words import Alignment, time_warping_path, token_starts
 from transcribe.errors import Fatal
@@ -110,8 +110,7 @@ class TorchRuntime:
         told: list[dict[str, float]] = []
         for begin in range(0, len(encoded), self._decoder.n_slots):
             some = encoded[begin : begin + self._decoder.n_slots]
-            for chunk in self._encoder.chunks(some):
-                self._encoder.hear([some[i] for i in chunk])
+            self._encoder.hear_all(some)
             with self._decoder.lane.entered():
                 outputs = [output_of(heard) for heard in some]
             found = self._decoder.language_probabilities(outputs)
@@ -149,8 +148,7 @@ class TorchRuntime:
         found: list[Generated] = []
         for begin in range(0, len(encoded), decoder.n_windows):
             some = encoded[begin : begin + decoder.n_windows]
-            for chunk in self._encoder.chunks(some):
-                self._encoder.hear([some[i] for i in chunk])
+            self._encoder.hear_all(some)
             asked = prompts[begin : begin + decoder.n_windows]
             output = partial(_output_at, some)
             texts = decoder.write(output, asked, search.no_repeat_ngram_size)
@@ -159,8 +157,7 @@ class TorchRuntime:
         return found
 
     def _outputs(self, encoded: Sequence[Heard]) -> list[Tensor]:
-        for chunk in self._encoder.chunks(encoded):
-            self._encoder.hear([encoded[i] for i in chunk])
+        self._encoder.hear_all(encoded)
         outputs = [output_of(heard) for heard in encoded]
         self._encoder.count()
         return outputs
@@ -247,6 +244,11 @@ class Encoder:
         planned = plan_batches([windows[i].padded for i in missing], self._chunk_samples)
         return [[missing[position] for position in batch] for batch in planned]
 
+    def hear_all(self, windows: Sequence[Heard]) -> None:
+        """`hear` those without output, whatever their lengths."""
+        for chunk in self.chunks(windows):
+            self.hear([windows[i] for i in chunk])
+
     @torch.inference_mode()
     def hear(self, windows: Sequence[Heard]) -> None:
         """Give windows of one padded length their output; does not wait for the device."""
@@ -302,12 +304,7 @@ class _EncoderLayer:
     @classmethod
     @torch.inference_mode()
     def of(cls, layer: Any) -> _EncoderLayer:
-        attention = layer.self_attn
-        parts = (attention.q_proj, attention.k_proj, attention.v_proj)
-        own = torch.cat([part.weight for part in parts])
-        bias = parts[0].bias
-        own_bias = torch.cat([bias, torch.zeros_like(bias), parts[2].bias])
-        return cls(attention.num_heads, own, own_bias, layer)
+        return cls(layer.self_attn.num_heads, *fused(layer.self_attn), layer)
 
     def __call__(self, hidden: Tensor) -> Tensor:
         """`[n, n_frames, d_model]` -> the same shape."""
@@ -317,8 +314,7 @@ class _EncoderLayer:
         query, key, value = made.permute(2, 0, 3, 1, 4)
         heard = functional.scaled_dot_product_attention(query, key, value)
         hidden = hidden + layer.self_attn.out_proj(heard.transpose(1, 2).flatten(2))
-        inner = layer.activation_fn(layer.fc1(layer.final_layer_norm(hidden)))
-        hidden = hidden + layer.fc2(inner)
+        hidden = hidden + feed_forward(layer, hidden)
         if hidden.dtype == torch.float16:  # large checkpoints leave its range
             limit = torch.finfo(torch.float16).max - 1000
             hidden = hidden.clamp(-limit, limit)
