@@ -12,6 +12,7 @@ is told. `--tiny --device cpu` tries the whole path in seconds.
 from __future__ import annotations
 
 import copy
+import functools
 import json
 import statistics
 import subprocess
@@ -40,7 +41,8 @@ from transcribe.engines.whisper_decoding import SlotDecoder, Vocabulary
 from transcribe.engines.whisper_torch import Ahead, Encoder, Heard, output_of, slots_for
 from transcribe.environment import environment
 from transcribe.models import Model
-from transcribe.speech import FrameJudge, SpeechDetector
+from transcribe.speech import FrameJudge
+from transcribe.voice_activity import SpeechDetector
 
 Samples = npt.NDArray[np.int16]
 Hear = Callable[[Sequence[Samples]], int]  # windows -> tokens written; 0 where none are chosen
@@ -400,10 +402,16 @@ def _decoded(file: Path) -> Samples:
     """In a process of its own: what a decode task does with a file."""
     torch.set_num_threads(1)
     samples: Samples = decode(file.read_bytes(), file.name).samples[0]
-    judge = FrameJudge(SpeechDetector())
+    judge = FrameJudge(_detector())
     judge.push(samples)
     judge.finish()
     return samples
+
+
+@functools.cache
+def _detector() -> SpeechDetector:
+    """One a process, as in a decode task."""
+    return SpeechDetector()
 
 
 def _row(contender: Contender, n_windows: int) -> dict[str, Any]:

@@ -139,7 +139,7 @@ def _from_listing(url: str) -> Iterator[Recording]:
         raise Fatal(f"no recordings in {url} ({seen}); name a folder, glob or manifest of audio")
     if skipped:
         n = skipped.total()
-        log.warning("left out %d files in %s that are no recordings: %s", n, url, counted)
+        log.warning("left out in %s, as no recordings: %s (%d in all)", url, counted, n)
 
 
 def _why_not_recording(uri: str, archive: str) -> str | None:

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from transcribe.printable import printable
 
-_PACKAGES = ("transcribe", "ray", "torch", "ctranslate2", "onnxruntime", "transformers")
+_PACKAGES = ("transcribe", "ray", "torch", "ctranslate2", "transformers")
 
 
 def environment(packages: Sequence[str] = _PACKAGES) -> dict[str, str]:

@@ -27,10 +27,10 @@ from transcribe.errors import BadAudio
 from transcribe.headerless import Headerless
 from transcribe.speech import (
     MAX_PAUSE_SAMPLES,
+    Detector,
     FrameJudge,
     Span,
     SpanFinder,
-    SpeechDetector,
     Window,
     WindowPacker,
     distinct_channels,
@@ -182,8 +182,10 @@ def _mix(block: Int16s) -> npt.NDArray[np.int16]:
 
 
 @functools.cache
-def _detector() -> SpeechDetector:
+def _detector() -> Detector:
     """One speech detector a process."""
+    from transcribe.voice_activity import SpeechDetector  # loads torch: see `resampling`
+
     return SpeechDetector()
 
 

@@ -35,7 +35,7 @@ def _archive(found: Survey) -> Iterator[tuple[str, str]]:
     if found.already_transcribed:
         notes.append(f"{found.already_transcribed:,} already transcribed")
     if found.repeated:
-        notes.append(f"{found.repeated:,} repeat another one's bytes")
+        notes.append(f"same bytes as another one's: {found.repeated:,}")
     to_do = f" ({', '.join(notes)}; {left:,} to do)" if notes else ""
     yield "recordings", f"{everything:,}, {found.bytes / 1e9:,.3f} GB to read{to_do}"
     how = "all headers read" if found.is_complete else f"{len(found.seen):,} headers read"

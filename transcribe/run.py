@@ -127,7 +127,7 @@ def prepare(
     contents = published.contents(remaining.sizes)
     repeated = duplicates.find(remaining, contents)
     if repeated:
-        say(f"{len(repeated):,} recordings repeat another one's bytes and will share its result.")
+        say(f"Recordings that repeat another one's bytes and will share its result: {len(repeated):,}.")
     to_recognise = remaining.without(pa.array([d.recording.recording_id for d in repeated]))
     shards = plan_shards(
         estimate_durations(to_recognise, config.headerless_format), config.shard_minutes

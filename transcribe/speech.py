@@ -1,8 +1,8 @@
 """Where the speech is: samples -> spans -> windows of up to 30 s, all as a stream.
 
-Owns the voice activity model (Silero VAD, its ONNX "sequence" form: one call per 16 s of
-audio) and the arithmetic that packs spans into windows. Knows nothing of files, engines or
-rows. All positions are sample indices at 16 kHz, so that nothing is lost to rounding.
+Owns how a channel's samples are put to the speech detector, and the arithmetic that packs spans
+into windows. Knows nothing of files, engines or rows, nor of the network. All positions are
+sample indices at 16 kHz, so that nothing is lost to rounding.
 
 Samples come in pieces of any length, and what is found does not depend on how they were cut.
 Each step says how far it is `settled`: nothing that it will still find begins before that sample.
@@ -12,12 +12,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
 from transcribe.decode import SAMPLE_RATE
+
+Floats = npt.NDArray[np.float32]
 
 FRAME_SAMPLES = 512  # Silero VAD judges 32 ms at a time
 MAX_WINDOW_SAMPLES = 30 * SAMPLE_RATE  # what Whisper was trained to hear at once
@@ -62,15 +64,19 @@ class Window:
         return self.end - self.start
 
 
-class SpeechDetector:
-    """The voice activity model: Silero VAD (https://github.com/snakers4/silero-vad)."""
+class Detector(Protocol):
+    """The network that judges frames (`voice_activity.py`)."""
 
-    def __init__(self) -> None:
-        from silero_vad import load_silero_vad
+    block_frames: int
 
-        model: Any = load_silero_vad(sequence=True)
-        self.session: Any = model.session
-        self.block_samples: int = model.max_frames * FRAME_SAMPLES
+    def judge(self, frames: Floats, state: Any) -> tuple[Floats, Any]:
+        """Frames that follow each other -> their speech probabilities, and the state after them.
+
+        Args:
+            frames: float32 `[n, 64 + 512]`, each behind the last samples of the one before.
+            state: what was returned with the frames before these; None: there are none.
+        """
+        ...
 
 
 class FrameJudge:
@@ -82,18 +88,18 @@ class FrameJudge:
 
     _CONTEXT = 64
 
-    def __init__(self, detector: SpeechDetector) -> None:
+    def __init__(self, detector: Detector) -> None:
         self._detector = detector
         self._waiting: list[npt.NDArray[np.int16]] = []
         self._n_waiting = 0
         self._context = np.zeros(self._CONTEXT, np.float32)
-        self._state = np.zeros((1, 1, 128), np.float32), np.zeros((1, 1, 128), np.float32)
+        self._state: Any = None
 
     def push(self, samples: npt.NDArray[np.int16]) -> npt.NDArray[np.float32]:
         """Take samples, shape `[n]`; return the probabilities of the frames now judged."""
         self._waiting.append(samples)
         self._n_waiting += len(samples)
-        size = self._detector.block_samples
+        size = self._detector.block_frames * FRAME_SAMPLES
         if self._n_waiting < size:
             return np.zeros(0, np.float32)
         joined = np.concatenate(self._waiting)
@@ -109,22 +115,17 @@ class FrameJudge:
 
     def _judge(self, block: npt.NDArray[np.int16]) -> npt.NDArray[np.float32]:
         n_frames = -(-len(block) // FRAME_SAMPLES)
-        frames = np.zeros((n_frames, FRAME_SAMPLES), np.float32)
-        np.multiply(block, np.float32(1 / 32768), out=frames.reshape(-1)[: len(block)])
-        contexts = np.empty((n_frames, self._CONTEXT), np.float32)
-        contexts[0], contexts[1:] = self._context, frames[:-1, -self._CONTEXT :]
-        self._context = frames[-1, -self._CONTEXT :].copy()
-        judged, *state = self._detector.session.run(
-            ["speech_probs", "hn", "cn"],
-            {
-                "input": np.concatenate((contexts, frames), axis=1),
-                "h": self._state[0],
-                "c": self._state[1],
-            },
+        heard = np.zeros((n_frames, FRAME_SAMPLES), np.float32)
+        np.multiply(block, np.float32(1 / 32768), out=heard.reshape(-1)[: len(block)])
+        frames = np.empty((n_frames, self._CONTEXT + FRAME_SAMPLES), np.float32)
+        frames[:, self._CONTEXT :] = heard
+        frames[0, : self._CONTEXT], frames[1:, : self._CONTEXT] = (
+            self._context,
+            heard[:-1, -self._CONTEXT :],
         )
-        self._state = state[0], state[1]
-        result: npt.NDArray[np.float32] = judged.reshape(-1)
-        return result
+        self._context = heard[-1, -self._CONTEXT :].copy()
+        judged, self._state = self._detector.judge(frames, self._state)
+        return judged
 
 
 class SpanFinder:

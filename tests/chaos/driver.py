@@ -13,7 +13,7 @@ import ray
 from jobs.transcribe import main
 from transcribe import distributed, watch
 
-ENVIRONMENT = ("CHAOS_SERVICE_S", "CHAOS_OUT_OF_MEMORY")
+ENVIRONMENT = ("CHAOS_SERVICE_S", "CHAOS_DECODE_S", "CHAOS_OUT_OF_MEMORY")
 
 
 def shorten():

@@ -1,11 +1,12 @@
 """`python -m tests.chaos.losses`: seconds that a killed worker, machine or driver costs.
 
 The same run, undisturbed and with one kill in its middle, in turns; engines are fake ones with a
-service time. What a killed run left undone, the same command does, and its time is counted too.
+service time, and decoding is as slow as they are, so that it too is at work. What a killed run left undone, the same command does, and its time is counted too.
 """
 
 from __future__ import annotations
 
+import os
 import statistics
 import tempfile
 import time
@@ -18,11 +19,14 @@ from tests.chaos.world import World
 
 ROUNDS = 3
 N_RECORDINGS = 60  # 12 shards
+STRUCK_AFTER = 3  # shards
+DECODE_S = 0.3
 KILLS = ["nothing", "kill engine", "kill decode", "kill node", "kill driver"]
 
 
 def main() -> None:
     took: dict[str, list[float]] = {what: [] for what in KILLS}
+    os.environ["CHAOS_DECODE_S"] = str(DECODE_S)
     world = World(n_nodes=2)
     with tempfile.TemporaryDirectory() as folder:
         archive = archive_of(Path(folder, "calls"), [f"call-{n:02d}" for n in range(N_RECORDINGS)])
@@ -48,10 +52,10 @@ def seconds(world: World, archive: Path, out: Path, what: str) -> float:
     hand, begun = Hand(world, out, out.with_name("no-flag")), time.monotonic()
     run = Run(world, archive, out, hand.flag)
     hand.driver = run.process
-    while published(out) < 5 and run.process.poll() is None:
+    while published(out) < STRUCK_AFTER and run.process.poll() is None:
         time.sleep(0.02)
     if what != "nothing":
-        print(what, hand.strike(Fault(what, 5, 0.0, 0.0, 0)), flush=True)
+        print(what, hand.strike(Fault(what, STRUCK_AFTER, 0.0, 0.0, 0)), flush=True)
     if run.process.wait() == 0:
         return time.monotonic() - begun
     again = Run(world, archive, out, hand.flag)

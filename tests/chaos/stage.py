@@ -1,4 +1,4 @@
-"""What the workers of a run under chaos are made of: slow engines, light decoding, deadly names.
+"""What the workers of a run under chaos are made of: slow stages, light detection, deadly names.
 
 `install` runs in every worker process as it starts (Ray's `worker_process_setup_hook`). The name of
 a recording says what happens to the process that recognises it.
@@ -20,6 +20,9 @@ from transcribe.speech import FRAME_SAMPLES
 SERVICE_S = float(os.environ.get("CHAOS_SERVICE_S", "0"))
 """Seconds that an engine takes for a window."""
 
+DECODE_S = float(os.environ.get("CHAOS_DECODE_S", "0"))
+"""Seconds that decoding takes for a channel."""
+
 OUT_OF_MEMORY = Path(os.environ.get("CHAOS_OUT_OF_MEMORY", "/nonexistent"))
 """While this file is there, an engine has memory for one window."""
 
@@ -31,6 +34,7 @@ class HearsEverything:
     """To whom all is speech that is no silence: the real model takes a worker seconds to load."""
 
     def __init__(self, detector):
+        time.sleep(DECODE_S)
         self.left = np.zeros(0, np.int16)
 
     def push(self, samples):

@@ -15,7 +15,8 @@ from transcribe.config import RunConfig
 from transcribe.decode import decode
 from transcribe.engines.fake import FakeEngine
 from transcribe.shards import Shard
-from transcribe.speech import FrameJudge, Span, SpanFinder, SpeechDetector, Window
+from transcribe.speech import FrameJudge, Span, SpanFinder, Window
+from transcribe.voice_activity import SpeechDetector
 
 CORPUS = Path(__file__).resolve().parents[2] / "../shared/corpus"
 pytestmark = pytest.mark.skipif(

@@ -25,7 +25,7 @@ def test_a_forecast_is_kept_and_compared_with_the_run(tmp_path, write_archive, s
     copy.write_bytes((archive / "call-03.wav").read_bytes())
     flags = ["--workers", 1, "--shard-minutes", 0.2, "--price-per-hour", 3.6]
     said = plan(archive, "--out", out, "--json", tmp_path / "plan.json", *flags)
-    assert "9, " in said and "1 repeat another one's bytes; 8 to do" in said
+    assert "9, " in said and "same bytes as another one's: 1; 8 to do" in said
     assert "(all headers read)" in said
     assert "pcm_mulaw 6, pcm_s16le 1" in said
     assert "1 of 8 looked at: not_audio 1" in said

@@ -286,7 +286,7 @@ def test_warnings_and_paths_are_said_as_they_are(tmp_path, shared_ray):
     (archive / "notes.txt").write_text("left out")
     result = transcribe(archive, out, "--max-failed", "1")
     assert result.exit_code == 0, result.output
-    said = f"Warning: left out 1 files in {archive} that are no recordings: .txt 1"
+    said = f"Warning: left out in {archive}, as no recordings: .txt 1 (1 in all)"
     assert said in result.stdout.splitlines()
 
 
