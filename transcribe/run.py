@@ -127,7 +127,7 @@ def prepare(
     contents = published.contents(remaining.sizes)
     repeated = duplicates.find(remaining, contents)
     if repeated:
-        say(f"Recordings that repeat another one's bytes and will share its result: {len(repeated):,}.")
+        say(f"The bytes of {len(repeated):,} are those of another one, whose result is theirs too.")
     to_recognise = remaining.without(pa.array([d.recording.recording_id for d in repeated]))
     shards = plan_shards(
         estimate_durations(to_recognise, config.headerless_format), config.shard_minutes

@@ -1,7 +1,8 @@
 """`python -m tests.chaos.losses`: seconds that a killed worker, machine or driver costs.
 
 The same run, undisturbed and with one kill in its middle, in turns; engines are fake ones with a
-service time, and decoding is as slow as they are, so that it too is at work. What a killed run left undone, the same command does, and its time is counted too.
+service time, and decoding is as slow as they are, so that it too is at work. What a killed run left
+undone, the same command does, and its time is counted too.
 """
 
 from __future__ import annotations

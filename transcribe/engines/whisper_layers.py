@@ -95,10 +95,11 @@ class Encoder:
         x = features.to(self._dtype)
         for stride, (weight, bias) in enumerate(self._convs, start=1):
             x = functional.gelu(functional.conv1d(x, weight, bias, padding=1, stride=stride))
-        x = x[0].T.float() + self._positions[: x.shape[2]]
+        # In this order the sum lies in memory as the positions do, not across it.
+        x = self._positions[: x.shape[2]] + x[0].T
         for layer in self._layers:
-            x = x + layer.attention_out(self._attention(layer.qkv(layer.attention_norm(x))))
-            x = x + layer.fc2(functional.gelu(layer.fc1(layer.fc_norm(x))))
+            x += layer.attention_out(self._attention(layer.qkv(layer.attention_norm(x))))
+            x += layer.fc2(functional.gelu(layer.fc1(layer.fc_norm(x))))
         return self._norm(x)
 
     def _attention(self, qkv: Tensor) -> Tensor:
@@ -242,23 +243,28 @@ class Decoder:
 
     def _heard(self, encoded: Tensor) -> _Heard:
         n = encoded.shape[1]
-        keys, values = self._keys_and_values(encoded)
         silent_keys, silent_values, silent_weight = self._silence_behind(n)
-        return _Heard(
-            [_followed(*both) for both in zip(keys, silent_keys, strict=True)],
-            [_followed(*both) for both in zip(values, silent_values, strict=True)],
-            torch.cat([torch.zeros(n), silent_weight]).to(self._dtype),
-        )
+        keys, values = self._keys_and_values(encoded, len(silent_weight))
+        for own, silent in zip(keys + values, silent_keys + silent_values, strict=True):
+            own[:, :, n:] = silent
+        return _Heard(keys, values, torch.cat([torch.zeros(n), silent_weight]).to(self._dtype))
 
-    def _keys_and_values(self, encoded: Tensor) -> tuple[list[Tensor], list[Tensor]]:
-        """Of windows `[n_windows, n, d_model]`, by layer: `[n_windows, n_heads, n, d]`."""
+    def _keys_and_values(
+        self, encoded: Tensor, n_behind: int = 0
+    ) -> tuple[list[Tensor], list[Tensor]]:
+        """Of windows `[n_windows, n, d_model]`, by layer: `[n_windows, n_heads, n + n_behind, d]`.
+
+        What lies behind the first `n` is for the caller to fill.
+        """
         windows, n, width = encoded.shape
         keys, values = [], []
         for layer in self._layers:
-            both = layer.listening_kv(encoded.view(windows * n, width)).to(self._dtype)
+            both = layer.listening_kv(encoded.view(windows * n, width))
             split = both.view(windows, n, 2, self._n_heads, -1).permute(2, 0, 3, 1, 4)
-            keys.append(split[0])
-            values.append(split[1])
+            held = torch.empty(*split.shape[:3], n + n_behind, split.shape[4], dtype=self._dtype)
+            held[:, :, :, :n] = split
+            keys.append(held[0])
+            values.append(held[1])
         return keys, values
 
     def _silence_behind(self, frame: int) -> tuple[list[Tensor], list[Tensor], Tensor]:
@@ -304,10 +310,10 @@ class Decoder:
         x = x.view(rows * n, -1)
         for index, layer in enumerate(self._layers):
             spoken = self._speak(index, layer.qkv(layer.attention_norm(x)), rows, cache)
-            x = x + layer.attention_out(spoken)
+            x += layer.attention_out(spoken)
             queries = layer.listening_q(layer.listening_norm(x))
-            x = x + layer.listening_out(self._listen(index, queries, rows, memory, shares))
-            x = x + layer.fc2(functional.gelu(layer.fc1(layer.fc_norm(x))))
+            x += layer.listening_out(self._listen(index, queries, rows, memory, shares))
+            x += layer.fc2(functional.gelu(layer.fc1(layer.fc_norm(x))))
         cache.length += n
         return self._norm(x).view(rows, n, -1)
 
@@ -355,8 +361,3 @@ def _means(frames: Tensor, counts: Sequence[int]) -> Tensor:
         return frames
     parts = torch.split(frames.float(), list(counts), dim=2)
     return torch.cat([p.mean(dim=2, keepdim=True) for p in parts], dim=2).to(frames.dtype)
-
-
-def _followed(own: Tensor, silent: Tensor) -> Tensor:
-    """What a window holds, and silence behind it: `[n_windows, n_heads, n, d]`."""
-    return torch.cat([own, silent.expand(len(own), -1, -1, -1)], dim=2)

@@ -131,9 +131,10 @@ def greedy(writer: Writer, rules: TextRules, logits: Tensor, end: int) -> list[W
     length = torch.full((len(logits),), MAX_NEW_TOKENS)  # of what counts: others may go on longer
     for _ in range(MAX_NEW_TOKENS):
         rules.apply(logits, written)
-        best, token = logits.max(dim=1)
+        token = logits.argmax(dim=1)
+        logprob = logits.log_softmax(dim=1).gather(1, token[:, None])[:, 0]
         ended = length < MAX_NEW_TOKENS
-        total += torch.where(ended, 0.0, best - logits.logsumexp(dim=1))
+        total += torch.where(ended, 0.0, logprob)
         written = torch.cat([written, token[:, None]], dim=1)
         ends = (token == end) | _loops(written, rules.first_timestamp)
         length[ends & ~ended] = written.shape[1]
