@@ -127,7 +127,7 @@ def prepare(
     contents = published.contents(remaining.sizes)
     repeated = duplicates.find(remaining, contents)
     if repeated:
-        say(f"The bytes of {len(repeated):,} are those of another one, whose result is theirs too.")
+        say(f"Same bytes as another recording, whose result they share: {len(repeated):,}.")
     to_recognise = remaining.without(pa.array([d.recording.recording_id for d in repeated]))
     shards = plan_shards(
         estimate_durations(to_recognise, config.headerless_format), config.shard_minutes
