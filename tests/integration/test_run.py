@@ -167,7 +167,7 @@ def test_same_bytes_are_recognised_once_and_shared(tmp_path, write_call, shared_
         (archive / name).write_bytes((archive / "b.wav").read_bytes())
     first = transcribe(archive, out)
     assert first.exit_code == 0, first.output
-    assert "2 recordings repeat" in " ".join(first.stdout.split())
+    assert "whose result they share: 2." in " ".join(first.stdout.split())
     a, b, c, other = rows_of(out)
     assert [a["duplicate_of"], other["duplicate_of"]] == [None, None]
     assert b["duplicate_of"] == c["duplicate_of"] == a["recording_id"]
