@@ -227,16 +227,20 @@ def _read_if_there(url: str, columns: list[str] | None = None) -> pa.Table | Non
 def _read(url: str, columns: list[str] | None = None) -> pa.Table:
     """A transcript file's table, with all of `columns` (default: of the schema) in place."""
     try:
-        with storage.open_parquet_source(url) as source:
-            # Not in pyarrow's threads: one that still lets go of `source`, a Python file, while
-            # the interpreter ends aborts the process, and its exit code is lost.
-            table = pq.read_table(source, columns=columns, use_threads=False, pre_buffer=False)
+        # Not in pyarrow's threads: one that still lets go of `source`, a Python file, while the
+        # interpreter ends aborts the process, and its exit code is lost. Not by `read_table`,
+        # which goes through pyarrow's datasets and takes twice as long for a small file.
+        with (
+            storage.open_parquet_source(url) as source,
+            pq.ParquetFile(source, pre_buffer=False) as file,
+        ):
+            table = file.read(columns, use_threads=False)
         table.validate(full=True)
     except (pa.ArrowException, OSError, UnicodeError) as error:
         # pyarrow says most damage as an OSError without a number; one with a number is the disk's.
         if isinstance(error, OSError) and error.errno is not None:
             raise Fatal(f"{url} cannot be read ({error.strerror}); try again later.") from None
-        raise _not_ours(url, _damage(error)) from None
+        raise _not_ours(url, str(error).partition("\n")[0]) from None
     for name in columns or schema.TRANSCRIPT.names:
         # pyarrow passes over a wanted column that is not there.
         if name not in table.column_names:
@@ -244,14 +248,6 @@ def _read(url: str, columns: list[str] | None = None) -> pa.Table:
         if table.schema.field(name).type != schema.TRANSCRIPT.field(name).type:
             raise _not_ours(url, f"its column {name} has another type")
     return table
-
-
-def _damage(error: Exception) -> str:
-    """What pyarrow found wrong, without its name for a file that it was handed open."""
-    return str(error).partition("\n")[0].removeprefix(_OPENING_FAILED)
-
-
-_OPENING_FAILED = "Could not open Parquet input source '<Buffer>': "
 
 
 def _not_ours(url: str, reason: str) -> Fatal:

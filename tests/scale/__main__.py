@@ -24,7 +24,7 @@ from rich.console import Console
 from tests.scale import workers
 from transcribe import distributed, pipeline, run, storage
 from transcribe.archive import estimate_durations, list_archive
-from transcribe.config import RunConfig
+from transcribe.config import RunConfig, fingerprint, result_settings
 from transcribe.engines.fake import FakeEngine
 from transcribe.pipeline import Job
 from transcribe.shards import plan_shards
@@ -153,7 +153,9 @@ def fill(config: RunConfig, share: float) -> None:
     """Publish the first recordings' rows, as that run would have."""
     shards = plan_shards(estimate_durations(list_archive(config.archive)))
     some = shards[: int(len(shards) * share)]
-    job = Job(config, "earlier", "fake", "fake", "0" * 16, "cpu")
+    revision, engine = run.model_facts(config)
+    settings = result_settings(config, revision, engine)
+    job = Job(config, "earlier", revision, engine, fingerprint(settings), "cpu")
     with ProcessPoolExecutor() as pool:
         for _ in pool.map(functools.partial(publish, job=job), some, chunksize=50):
             pass
