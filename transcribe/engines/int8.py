@@ -22,6 +22,11 @@ def is_supported() -> bool:
     return bool(torch.cpu._is_vnni_supported())
 
 
+def float_for_products() -> torch.dtype:
+    """For what is not in eight bits: bfloat16 where the CPU multiplies it, else float32."""
+    return torch.bfloat16 if torch.cpu._is_avx512_bf16_supported() else torch.float32
+
+
 class Int8Linear:
     """`x @ weight.T + bias`, in eight bits."""
 

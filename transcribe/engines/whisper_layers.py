@@ -17,16 +17,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from transcribe.engines.int8 import Int8Linear
+from transcribe.engines.int8 import Int8Linear, float_for_products
 from transcribe.engines.whisper_weights import WhisperWeights
 
 N_FRAMES = 1500  # of the encoder's output: 30 s
 _SILENT_FRAMES_PER_KEY = 50
-
-
-def attention_dtype() -> torch.dtype:
-    """bfloat16 where the CPU multiplies it, else float32."""
-    return torch.bfloat16 if torch.cpu._is_avx512_bf16_supported() else torch.float32
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,7 +67,7 @@ class Encoder:
     """Log-mel features -> what the decoder listens to."""
 
     def __init__(self, weights: WhisperWeights) -> None:
-        self._dtype = attention_dtype()
+        self._dtype = float_for_products()
         self._n_heads = weights.n_heads
         top = _Reader(weights, "model.encoder")
         self._convs = [
@@ -217,7 +212,7 @@ class Decoder:
             weights: the checkpoint.
             silence: encoder output of 30 s of silence: `[1500, d_model]`.
         """
-        self._dtype = attention_dtype()
+        self._dtype = float_for_products()
         self._n_heads = weights.n_heads
         top = _Reader(weights, "model.decoder")
         self._embedding = top.tensor("embed_tokens.weight")
