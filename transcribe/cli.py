@@ -305,6 +305,7 @@ def _run(
         print_summary(console, result)
     else:
         console.print("Nothing left to do.")
+    console.file.flush()  # a signal that comes while Ray leaves ends the process without it
     return result
 
 
