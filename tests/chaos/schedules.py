@@ -13,7 +13,8 @@ from pathlib import Path
 from tests.chaos.world import REPO, World, environment, send
 
 ENGINE = "MapWorker(Map(_Recogniser))"
-DECODE = "Map(_decode)"
+DECODE = "FlatMap(_decode)"
+DECODES_WITHIN_S = 30.0
 
 # A worker dies at most twice in a schedule: three in a row at one recording would be its fault.
 KILLS_A_WORKER = {"kill engine", "kill decode", "stop engine"}
@@ -67,9 +68,10 @@ def schedule(seed: int, stop_s: float, n_shards: int) -> tuple[bool, list[Fault]
 
 
 def _fault(draw: random.Random, what: str, stop_s: float, n_shards: int) -> Fault:
+    after_shards = draw.randrange(n_shards - 1)
     return Fault(
         what=what,
-        after_shards=draw.randrange(n_shards - 1),
+        after_shards=0 if what == "kill decode" else after_shards,
         wait_s=draw.uniform(0, 1.5),
         lasts_s=draw.uniform(0.5, 1.0) * stop_s,
         pick=draw.randrange(1000),
@@ -116,6 +118,19 @@ class Hand:
         else:
             found = self.world.workers({"engine": ENGINE, "decode": DECODE}[target])
         return found[pick % len(found)] if found else None
+
+    def _kill_decode(self, fault: Fault) -> str:
+        """Decoding is ahead of all else: as soon as it is there, or a little later."""
+        until = time.monotonic() + DECODES_WITHIN_S
+        while self._target("decode", 0) is None:
+            if time.monotonic() > until:
+                return "nobody there"
+            time.sleep(0.01)
+        time.sleep(fault.wait_s / 2)
+        pid = self._target("decode", fault.pick)
+        if pid is None or not send(pid, signal.SIGKILL):
+            return "nobody there any more"
+        return f"pid {pid}"
 
     def _kill_node(self, fault: Fault) -> str:
         nodes = self.world.nodes

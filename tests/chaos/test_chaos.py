@@ -116,7 +116,12 @@ class Run:
     def __init__(self, world, archive, out, flag, is_job=False):
         self.log = out.parent.with_name(f"log-{secrets.token_hex(3)}.txt")
         command = [sys.executable, "-m", "tests.chaos.driver", *arguments(world, archive, out)]
-        env = {**environment(), "CHAOS_SERVICE_S": "0.15", "CHAOS_OUT_OF_MEMORY": str(flag)}
+        env = {
+            "CHAOS_DECODE_S": "0.3",
+            **environment(),
+            "CHAOS_SERVICE_S": "0.15",
+            "CHAOS_OUT_OF_MEMORY": str(flag),
+        }
         if is_job:
             exported = [f"{k}={v}" for k, v in env.items() if k.startswith("CHAOS")]
             submit = [RAY, "job", "submit", "--address", world.dashboard, "--"]
@@ -146,7 +151,8 @@ def disturbed(run, hand, faults, out):
         hand.undo_due()
         if todo and published(out) >= todo[0].after_shards and (out / "settings.json").exists():
             fault = todo.pop(0)
-            time.sleep(fault.wait_s)
+            if fault.what != "kill decode":  # which waits for it
+                time.sleep(fault.wait_s)
             if run.process.poll() is None:
                 told = hand.strike(fault)
                 story.append(f"{fault.what} ({told}, {time.monotonic() - began:.0f} s)")

@@ -48,15 +48,21 @@ class Machine:
             try:
                 if os.getsid(int(entry.name)) == self.starter.pid:
                     words = (entry / "cmdline").read_bytes().replace(b"\0", b" ").decode()
-                    if title in words:
+                    if words and title in words:  # a dead one has none
                         found[int(entry.name)] = words
             except (OSError, ProcessLookupError):
                 continue
         return found
 
     def kill(self):
-        for pid in self.processes():
-            send(pid, signal.SIGKILL)
+        # Again, for what was being started while the others were killed.
+        for _ in range(20):
+            pids = self.processes()
+            for pid in pids:
+                send(pid, signal.SIGKILL)
+            if not pids:
+                return
+            time.sleep(0.05)
 
 
 def send(pid, number):
