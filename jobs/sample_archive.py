@@ -302,9 +302,7 @@ class Synthesiser:
         try:
             import espeakng_loader
         except ImportError as error:
-            raise Fatal(
-                "the speech synthesiser is not installed: pip install 'transcribe[demo]'"
-            ) from error
+            raise Fatal("the speech synthesiser is not installed: pip install '.[demo]'") from error
         try:
             self._library = _load_private_copy(Path(espeakng_loader.get_library_path()))
         except OSError as error:

@@ -79,11 +79,15 @@ TYPICAL_BYTES_PER_SECOND = {
 OTHERWISE_BYTES_PER_SECOND = 8_000.0
 
 
-def list_archive(archive: str) -> Recordings:
+def list_archive(archive: str, unlisted: list[str] | None = None) -> Recordings:
     """List the recordings of `archive`, sorted by uri, each uri once.
 
     Durations are told from size and extension alone; `estimate_durations` looks closer, and is
     best asked about those recordings only that are still to be done.
+
+    Args:
+        archive: as the user wrote it.
+        unlisted: takes the folders that could not be listed.
 
     Raises:
         Fatal: there is no such archive, nothing in it is a recording, or the manifest is wrong.
@@ -97,7 +101,7 @@ def list_archive(archive: str) -> Recordings:
                 " each line) or Parquet."
             )
         return Recordings.of(_from_manifest(url)).sorted()
-    return Recordings.of(_from_listing(url)).sorted()
+    return Recordings.of(_from_listing(url, unlisted)).sorted()
 
 
 def _recording(found: storage.ObjectInfo, metadata: str | None) -> Recording:
@@ -123,10 +127,10 @@ def _extension(uri: str) -> str:
 # ---------------------------------------------------------------- folders, globs, single files
 
 
-def _from_listing(url: str) -> Iterator[Recording]:
+def _from_listing(url: str, unlisted: list[str] | None) -> Iterator[Recording]:
     skipped: Counter[str] = Counter()
     n_kept = 0
-    for found in storage.list_objects(url):
+    for found in storage.list_objects(url, unlisted):
         reason = None if found.uri == url else _why_not_recording(found.uri, url)
         if reason is None:
             n_kept += 1

@@ -316,14 +316,22 @@ def _exit_code(result: dict[str, Any], max_failed: float, console: Console) -> i
     counts = result["published"]
     total = sum(counts.values())
     share = counts["failed"] / total if total else 0.0
-    if share <= max_failed:
-        return 0
-    _show(
-        console,
-        f"{counts['failed']} of {total} recordings in {result['out']} failed ({share:.1%}), more"
-        f" than --max-failed {max_failed:.1%}. The transcripts are kept; see error_message.",
-    )
-    return 1
+    if share > max_failed:
+        _show(
+            console,
+            f"{counts['failed']} of {total} recordings in {result['out']} failed ({share:.1%}),"
+            f" more than --max-failed {max_failed:.1%}. The transcripts are kept; see"
+            " error_message.",
+        )
+    unlisted = result["unlisted_folders"]
+    if unlisted:
+        _show(
+            console,
+            f"Folders of {result['archive']} that could not be listed: {unlisted} (named above)."
+            " What is in them is not transcribed; make them readable and run the same command"
+            " again.",
+        )
+    return int(share > max_failed or bool(unlisted))
 
 
 def _show(console: Console, line: str) -> None:
@@ -502,7 +510,7 @@ def score(
     """Compare the transcripts in OUT with what was said: word and character error rates.
 
     Texts are compared without case and punctuation, after Whisper's normaliser. Needs
-    `pip install 'transcribe[score]'`.
+    `pip install '.[score]'`.
     """
     console = Console()
     try:
@@ -633,7 +641,7 @@ def bench(
 ) -> None:
     """Measure this program and every installed peer on the same files, weights and cores.
 
-    Needs `pip install 'transcribe[bench]'`.
+    Needs `pip install '.[bench]'`.
     """
     say = partial(Console().print, highlight=False, markup=False, emoji=False, soft_wrap=True)
     try:
@@ -656,7 +664,7 @@ def bench(
         )
         say("\n".join(["", *table(benchmark(options, say)), "", f"report  {out / 'report.html'}"]))
     except ModuleNotFoundError as error:
-        _complain(f"{error.name} is not installed: pip install 'transcribe[bench]'")
+        _complain(f"{error.name} is not installed: pip install '.[bench]'")
         raise typer.Exit(2) from None
     except TranscribeError as error:
         _complain(error)

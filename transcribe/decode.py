@@ -18,10 +18,11 @@ from __future__ import annotations
 
 import io
 import re
+import struct
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO, cast
@@ -41,9 +42,11 @@ from transcribe.headers import (
     KNOWN_MAGIC,
     TAIL_BYTES,
     WavHeader,
+    flac_seconds,
     is_unknown_size,
     mp3_seconds,
     ogg_is_whole,
+    ogg_seconds,
     other_kind,
     wav_header,
 )
@@ -172,12 +175,15 @@ def decode(content: bytes | Path, name: str, headerless: Headerless | None = Non
         _check_shape(wav.sample_rate, wav.n_channels)
         if wav.is_empty:
             raise _no_samples()
+        if wav.is_stale:
+            file, wav = file.with_open_size(wav), replace(wav, data_bytes=0)
+    parts = _parts(file)
     first = None
     # FFmpeg reads a WAV whose recorder never filled in the size; libsndfile finds 0 samples.
     if _MAGIC_OF_SOUNDFILE.match(file.head) and not (wav and wav.data_bytes == 0):
         first = _read(partial(_open_soundfile, file, wav), file)
-        if first is not None and not first.damaged:
-            return _finish(first, file)
+        if first is not None and first.damage is None and len(parts) < 2:
+            return _finish(first, file, wav, parts)
     try:
         raw = headerless_format(file.head, name, headerless)
         second = _read(partial(_open_av, file, raw), file)
@@ -186,7 +192,18 @@ def decode(content: bytes | Path, name: str, headerless: Headerless | None = Non
             raise
         second = None
     readings = [r for r in (first, second) if r is not None]
-    return _finish(max(readings, key=lambda r: (r.n_samples, not r.damaged)), file)
+    best = max(readings, key=lambda r: (r.n_samples, r.damage is None))
+    return _finish(best, file, wav, parts)
+
+
+def _parts(file: _File) -> list[float | None]:
+    """Seconds of files that were put behind each other, as their headers tell, where that works.
+
+    libsndfile reads the first only; FFmpeg goes on as long as the shape of the sound is the same.
+    """
+    if file.head[:4] == b"OggS":
+        return ogg_seconds(file.open())
+    return flac_seconds(file.open()) if file.head[:4] == b"fLaC" else []
 
 
 # --- an object's bytes ------------------------------------------------------------------------
@@ -200,6 +217,7 @@ class _File:
     size_bytes: int
     head: bytes
     tail: bytes
+    patches: tuple[tuple[int, bytes], ...] = ()  # other bytes at some places, on disk
 
     @classmethod
     def of(cls, content: bytes | Path) -> _File:
@@ -211,10 +229,22 @@ class _File:
             file.seek(max(0, size_bytes - TAIL_BYTES))
             return cls(content, size_bytes, head, file.read(TAIL_BYTES))
 
+    def with_open_size(self, wav: WavHeader) -> _File:
+        """The same, a WAV, whose header does not tell how much sound there is."""
+        patches = [(wav.data_offset - 4, b"\xff" * 4)]
+        if self.head[:4] == b"RF64":
+            patches.append((28, struct.pack("<Q", self.size_bytes - wav.data_offset)))
+        if isinstance(self.content, Path):
+            return replace(self, patches=tuple(patches))
+        patched = bytearray(self.content)
+        for at, new in patches:
+            patched[at : at + len(new)] = new
+        return _File.of(bytes(patched))
+
     def open(self) -> BinaryIO:
         if isinstance(self.content, bytes):
             return _Bytes(self.content)
-        return _Disk(self.content)
+        return _Disk(self.content, self.patches)
 
 
 # libsndfile may seek before the start of a damaged file; soundfile would print the error.
@@ -224,13 +254,30 @@ class _Bytes(io.BytesIO):
 
 
 class _Disk(io.BufferedReader):
-    def __init__(self, path: Path) -> None:
-        super().__init__(io.FileIO(path), 1 << 16)
+    def __init__(self, path: Path, patches: Sequence[tuple[int, bytes]] = ()) -> None:
+        super().__init__(_Patched(path, patches), 1 << 16)
 
     def seek(self, offset: int, whence: int = 0, /) -> int:
         if whence == 1:
             offset, whence = self.tell() + offset, 0
         return super().seek(max(0, offset) if whence == 0 else offset, whence)
+
+
+class _Patched(io.FileIO):
+    """A file with other bytes at some places."""
+
+    def __init__(self, path: Path, patches: Sequence[tuple[int, bytes]]) -> None:
+        super().__init__(path)
+        self._patches = patches
+
+    def readinto(self, buffer: Any, /) -> int:
+        at = self.tell()
+        n = super().readinto(buffer) or 0
+        for start, new in self._patches:
+            first, last = max(start, at), min(start + len(new), at + n)
+            if first < last:
+                memoryview(buffer)[first - at : last - at] = new[first - start : last - start]
+        return n
 
 
 # --- reading a source in blocks -------------------------------------------------------------
@@ -240,14 +287,19 @@ _BLOCK_VALUES = 1 << 21  # samples times channels resampled at once: 8 MB of flo
 
 @dataclass(frozen=True, slots=True)
 class _Reading:
-    """What came out of one decoder; `held` is None where that was too much to keep."""
+    """What came out of one decoder.
+
+    Attributes:
+        held: None where that was too much to keep.
+        damage: None if all went well, else in words why sound is missing, or empty.
+    """
 
     reopen: Callable[[], _Source | None]
     source: _Source
     held: list[Int16s] | None
     n_samples: int
     products: npt.NDArray[np.float64]
-    damaged: bool
+    damage: str | None
     resampling: Stopwatch
 
     def blocks(self) -> Iterator[Int16s]:
@@ -276,7 +328,8 @@ def _read(reopen: Callable[[], _Source | None], file: _File) -> _Reading | None:
         return None
     _check_shape(source.sample_rate, source.n_channels)
     held: list[Int16s] | None = []
-    n_samples, damaged, resampling = 0, False, Stopwatch()
+    n_samples, resampling = 0, Stopwatch()
+    damage: str | None = None
     products = np.zeros((source.n_channels, source.n_channels))
     limit_s = _longest_s(file.size_bytes, source.n_channels)
     try:
@@ -293,9 +346,9 @@ def _read(reopen: Callable[[], _Source | None], file: _File) -> _Reading | None:
                 held = None
             if held is not None:
                 held.append(block)
-    except _Damaged:
-        damaged = True
-    return _Reading(reopen, source, held, n_samples, products, damaged, resampling)
+    except _Damaged as error:
+        damage = str(error)
+    return _Reading(reopen, source, held, n_samples, products, damage, resampling)
 
 
 def _longest_s(size_bytes: int, n_channels: int) -> float:
@@ -360,11 +413,16 @@ def _to_int16(block: Floats) -> Int16s:
     return np.ascontiguousarray(rounded)
 
 
-def _finish(reading: _Reading, file: _File) -> Audio:
+def _finish(
+    reading: _Reading, file: _File, wav: WavHeader | None, parts: Sequence[float | None]
+) -> Audio:
     """Say what was found, and what is missing."""
     source, n_samples = reading.source, reading.n_samples
     if n_samples == 0:
-        raise _corrupt() if reading.damaged else _no_samples()
+        raise _corrupt() if reading.damage is not None else _no_samples()
+    if len(parts) > 1:
+        told = [seconds for seconds in parts if seconds is not None]
+        source = replace(source, claimed_s=sum(told) if told else None)
     return Audio(
         container=source.container,
         codec=source.codec,
@@ -372,13 +430,24 @@ def _finish(reading: _Reading, file: _File) -> Audio:
         n_channels=source.n_channels,
         n_samples=n_samples,
         products=reading.products,
-        problem=_problem(source, n_samples / SAMPLE_RATE, reading.damaged, file),
+        problem=_problem(source, n_samples / SAMPLE_RATE, reading.damage, file, wav),
         blocks=reading.blocks,
         resampling=reading.resampling,
     )
 
 
-def _problem(source: _Source, got_s: float, damaged: bool, file: _File) -> BadAudio | None:
+def _problem(
+    source: _Source, got_s: float, damage: str | None, file: _File, wav: WavHeader | None
+) -> BadAudio | None:
+    if damage:
+        return BadAudio("truncated", damage)
+    if wav is not None and wav.other_file_at:
+        n_bytes = file.size_bytes - wav.other_file_at
+        return BadAudio(
+            "truncated",
+            f"Another WAV file begins behind the first, at byte {wav.other_file_at}: its"
+            f" {n_bytes} bytes were not read. Split the file there.",
+        )
     claimed_s = source.claimed_s
     # Encoder padding and rounding of header times stay below this.
     tolerance_s = 0.25 if source.container not in ("wav", "flac", "aiff", "au", "sph") else 0.01
@@ -388,12 +457,12 @@ def _problem(source: _Source, got_s: float, damaged: bool, file: _File) -> BadAu
             f"The file is cut short or damaged: {got_s:.3f} s of the {claimed_s:.3f} s its header "
             f"tells were decoded, {claimed_s - got_s:.3f} s are missing.",
         )
-    if damaged and claimed_s is None:
+    if damage is not None and claimed_s is None:
         return BadAudio(
             "truncated",
             f"The file is cut short or damaged: {got_s:.1f} s were decoded, some sound is missing.",
         )
-    if damaged:
+    if damage is not None:
         return BadAudio("truncated", "Parts of the file are damaged and were left out.")
     if source.container == "ogg" and not ogg_is_whole(file.tail):
         return BadAudio(
@@ -515,9 +584,11 @@ def _soundfile_codec(head: bytes, opened: sf.SoundFile) -> str:
 
 def _soundfile_claim(file: _File, opened: sf.SoundFile, wav: WavHeader | None) -> float | None:
     """Seconds the header tells, or None; libsndfile quietly lowers it to what is there."""
+    if opened.frames >= 1 << 40:  # 2**63 - 1: not known
+        return None
     there_s: float = opened.frames / opened.samplerate
     if opened.format == "FLAC":
-        return there_s if opened.frames < 1 << 40 else None  # 2**63 - 1: total not written
+        return there_s
     if opened.format == "NIST":
         count = re.search(rb"\nsample_count -i (\d{1,15})\s", file.head[:4096])
         return int(count[1]) / opened.samplerate if count else None
@@ -695,8 +766,22 @@ def _av_blocks(first: av.AudioFrame, frames: Iterator[av.AudioFrame]) -> Iterato
             first.sample_rate,
             first.layout.nb_channels,
         ):
-            raise _Damaged  # sound that changes shape midway has no one set of channels
+            raise _Damaged(_left_out(first, frame, frames))
         yield _av_floats(frame)
+
+
+def _left_out(first: av.AudioFrame, other: av.AudioFrame, frames: Iterator[av.AudioFrame]) -> str:
+    """In words, what follows a change of shape: it has not one set of channels with the rest."""
+    left_s = other.samples / other.sample_rate
+    with suppress(_Damaged):
+        for frame in frames:
+            alive()
+            left_s += frame.samples / frame.sample_rate
+    before, behind = (f"{f.layout.nb_channels} x {f.sample_rate} Hz" for f in (first, other))
+    return (
+        f"The sound changes from {before} to {behind}, as if two files had been joined:"
+        f" {left_s:.1f} s behind that were left out. Split the file there."
+    )
 
 
 def _av_floats(frame: av.AudioFrame) -> Floats:

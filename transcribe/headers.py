@@ -1,4 +1,4 @@
-"""What the bytes of a file say before anything is decoded: kinds, WAV chunks, MP3 and Ogg marks.
+"""What the bytes of a file say before anything is decoded: kinds, WAV chunks, MP3, Ogg, FLAC marks.
 
 Pure but for reading from the file it is handed; knows no decoder.
 """
@@ -8,7 +8,7 @@ from __future__ import annotations
 import codecs
 import re
 import struct
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import BinaryIO
 
 HEAD_BYTES = 65_536
@@ -54,7 +54,14 @@ def _is_text(head: bytes) -> bool:
 
 @dataclass(frozen=True, slots=True)
 class WavHeader:
-    """`data_bytes` is 0 when a recorder left the size open, None when no data chunk was seen."""
+    """What the header says, and what lies behind the sound that it tells.
+
+    Attributes:
+        data_bytes: 0 when a recorder left the size open, None when no data chunk was seen.
+        is_empty: there is no sound and no room for any.
+        is_stale: sound goes on behind `data_bytes`: the recorder never wrote the last size.
+        other_file_at: where another WAV file begins behind this one.
+    """
 
     sample_rate: int
     n_channels: int
@@ -62,6 +69,8 @@ class WavHeader:
     data_offset: int
     data_bytes: int | None
     is_empty: bool = False
+    is_stale: bool = False
+    other_file_at: int | None = None
 
 
 # Encoders often write a wrong byte rate; the block size is what decoders go by.
@@ -93,10 +102,26 @@ def wav_header(file: BinaryIO) -> WavHeader | None:
             fmt = struct.unpack_from(order + "HHIIHHHH", chunk[8:].ljust(20, b"\0"))
         elif name == b"data" and fmt:
             claimed = size_64 or (0 if is_unknown_size(size) else size)
-            empty = size == 0 and _chunks_fill(file, body, order)
-            return _wav_of(fmt, body, claimed, empty)
+            header = _wav_of(fmt, body, claimed)
+            if not claimed:
+                return replace(header, is_empty=size == 0 and _behind(file, body, order) is None)
+            return _looked_behind(header, file, order)
         at = body + size + size % 2
-    return _wav_of(fmt, min(at, 1 << 32), None, False) if fmt else None
+    return _wav_of(fmt, min(at, 1 << 32), None) if fmt else None
+
+
+def _looked_behind(header: WavHeader, file: BinaryIO, order: str) -> WavHeader:
+    """Say what lies behind the sound, if that is more than chunks and filling."""
+    assert header.data_bytes is not None
+    end = header.data_offset + header.data_bytes
+    # Some writers leave the odd byte out, which stands between a chunk and the next.
+    behind = [_behind(file, at, order) for at in sorted({end, end + header.data_bytes % 2})]
+    if None in behind:
+        return header
+    other = next((at for at in behind if at), None)
+    if other:
+        return replace(header, other_file_at=other)
+    return replace(header, is_stale=True)
 
 
 def _read_at(file: BinaryIO, at: int, n: int) -> bytes:
@@ -104,27 +129,69 @@ def _read_at(file: BinaryIO, at: int, n: int) -> bytes:
     return file.read(n)
 
 
-def _wav_of(fmt: tuple[int, ...], offset: int, claimed: int | None, empty: bool) -> WavHeader:
+def _wav_of(fmt: tuple[int, ...], offset: int, claimed: int | None) -> WavHeader:
     tag, n_channels, sample_rate, bytes_per_s, block_bytes, _, _, samples_per_block = fmt
     if tag in _WAV_TAGS_IN_BLOCKS and samples_per_block:
         bytes_per_s = sample_rate * block_bytes // samples_per_block
     elif tag in _WAV_TAGS_PCM or not bytes_per_s:
         bytes_per_s = sample_rate * block_bytes
-    return WavHeader(sample_rate, n_channels, bytes_per_s, offset, claimed, empty)
+    return WavHeader(sample_rate, n_channels, bytes_per_s, offset, claimed)
 
 
-def _chunks_fill(file: BinaryIO, at: int, order: str) -> bool:
-    """Whether only well-formed chunks lie between `at` and the end: then there is no sound."""
+_FEW_BYTES = 64  # behind the last chunk: less than anybody can hear
+_TAGS = (b"ID3", b"TAG", b"APETAGEX")  # put behind a file by programs that know MP3 only
+_OFTEN_LAST = (b"LIST", b"id3 ", b"ID3 ", b"bext", b"iXML", b"_PMX", b"cue ", b"JUNK", b"junk")
+
+
+def _behind(file: BinaryIO, at: int, order: str) -> int | None:
+    """What lies between `at` and the end of a WAV file.
+
+    Returns:
+        None: nothing but chunks, tags and zeros; 0: something else, so it may be sound; else where
+        another WAV file begins.
+    """
     size_bytes = file.seek(0, 2)
     for _ in range(1000):
-        if at >= size_bytes:
-            return True
-        chunk = _read_at(file, at, 8)
-        if len(chunk) < 8 or not re.match(rb"[A-Za-z0-9 _]{4}", chunk):
+        if size_bytes - at < _FEW_BYTES:
+            return None
+        chunk = _read_at(file, at, 12)
+        if chunk[:4] in (b"RIFF", b"RIFX", b"RF64") and chunk[8:] == b"WAVE":
+            return at
+        after = at + 8 + struct.unpack_from(order + "I", chunk, 4)[0]
+        is_chunk = re.match(rb"[A-Za-z0-9 _]{4}", chunk) is not None
+        # Quiet A-law reads like the name of a chunk, whose size then leads far beyond the end.
+        if not is_chunk or (after > size_bytes and chunk[:4] not in _OFTEN_LAST):
+            return None if chunk.startswith(_TAGS) or _is_zeros(file, at) else 0
+        at = after + after % 2
+    return 0
+
+
+def _is_zeros(file: BinaryIO, at: int) -> bool:
+    file.seek(at)
+    while block := file.read(1 << 20):
+        if block.count(0) != len(block):
             return False
-        at += 8 + struct.unpack_from(order + "I", chunk, 4)[0]
-        at += at % 2
-    return False
+    return True
+
+
+def flac_seconds(file: BinaryIO) -> list[float | None]:
+    """Seconds of each FLAC stream in a file, as their headers tell (RFC 9639, section 8.2).
+
+    More than one where files were put behind each other.
+    """
+    found: list[float | None] = []
+    kept, start = b"", 0
+    while block := _read_at(file, start + len(kept), 1 << 20):
+        text = kept + block
+        for match in re.finditer(rb"fLaC[\x00\x80]\x00\x00\x22", text):
+            head = text[match.start() + 8 : match.start() + 8 + 18]
+            if len(head) == 18:  # else the next turn sees it whole
+                (packed,) = struct.unpack_from(">Q", head, 10)
+                rate, samples = packed >> 44, packed & ((1 << 36) - 1)
+                found.append(samples / rate if rate and samples else None)
+        kept = text[-25:]
+        start += len(text) - len(kept)
+    return found
 
 
 def mp3_seconds(head: bytes) -> float | None:
@@ -146,6 +213,40 @@ def mp3_seconds(head: bytes) -> float | None:
         ">I", frame, found.start() + (14 if found[0] == b"VBRI" else 8)
     )
     return float(n_frames * (1152 if version == 3 else 576) / sample_rate)
+
+
+def ogg_seconds(file: BinaryIO) -> list[float | None]:
+    """Seconds of each link of a chained Ogg file (RFC 3533, section 4), None where unknown.
+
+    Streams that begin together are one link: they are to be played together.
+    """
+    links: list[float | None] = []
+    rate, skipped, at, is_beginning = 0, 0, 0, False
+    while True:
+        page = _read_at(file, at, 27 + 255 + 64)
+        if len(page) < 27 or page[:4] != b"OggS":
+            return links
+        body = 27 + page[26]
+        if page[5] & 2:  # a stream begins
+            if not is_beginning:
+                links.append(None)
+                rate, skipped = _ogg_clock(page[body:])
+            is_beginning = True
+        else:
+            is_beginning = False
+            (granule,) = struct.unpack_from("<q", page, 6)
+            if rate and granule > skipped:
+                links[-1] = (granule - skipped) / rate
+        at += body + sum(page[27:body])
+
+
+def _ogg_clock(packet: bytes) -> tuple[int, int]:
+    """Granules a second of a stream that begins so, and how many come before its sound."""
+    if packet[:8] == b"OpusHead" and len(packet) >= 12:
+        return 48_000, struct.unpack_from("<H", packet, 10)[0]
+    if packet[:7] == b"\x01vorbis" and len(packet) >= 16:
+        return struct.unpack_from("<I", packet, 12)[0], 0
+    return 0, 0
 
 
 def ogg_is_whole(tail: bytes) -> bool:

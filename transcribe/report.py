@@ -80,6 +80,7 @@ class RunFacts:
     device: str
     workers: int
     archive_recordings: int
+    unlisted_folders: int
     already_transcribed: int
     superseded: int
     startup_seconds: float

@@ -71,6 +71,7 @@ class Plan:
     engine: str
     settings: dict[str, Any]
     archive_recordings: int
+    unlisted_folders: int
     already_transcribed: int
     published: dict[str, int]
     shards: list[Shard]
@@ -111,7 +112,8 @@ def prepare(
     """
     storage.check_writable(config.out)
     revision, engine = model_facts(config)  # before the listing, which may take minutes
-    recordings = list_archive(config.archive)
+    unlisted: list[str] = []
+    recordings = list_archive(config.archive, unlisted)
     settings = result_settings(config, revision, engine)
     publish.check_settings(config.out, settings)
     claim()
@@ -139,6 +141,7 @@ def prepare(
         engine=engine,
         settings=settings,
         archive_recordings=len(recordings),
+        unlisted_folders=len(unlisted),
         already_transcribed=done,
         published=published.counts,
         shards=shards,
@@ -546,6 +549,7 @@ def _finish(
         device=placement.device,
         workers=min(placement.workers, len(plan.shards)),
         archive_recordings=plan.archive_recordings,
+        unlisted_folders=plan.unlisted_folders,
         already_transcribed=plan.already_transcribed,
         superseded=superseded,
         startup_seconds=clock.first_work - clock.started,

@@ -209,4 +209,4 @@ def _jiwer() -> Any:
 
 
 def _missing() -> Fatal:
-    return Fatal("scoring needs jiwer and whisper_normalizer: pip install 'transcribe[score]'")
+    return Fatal("scoring needs jiwer and whisper_normalizer: pip install '.[score]'")

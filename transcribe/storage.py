@@ -149,7 +149,7 @@ def _local_uri(path: str) -> str:
 # ---------------------------------------------------------------- listing
 
 
-def list_objects(url: str) -> Iterator[ObjectInfo]:
+def list_objects(url: str, unlisted: list[str] | None = None) -> Iterator[ObjectInfo]:
     """List what `url` stands for, in order of path, one by one.
 
     `url` is a single object, a folder or prefix (everything below it, to any depth; a prefix ends
@@ -157,15 +157,17 @@ def list_objects(url: str) -> Iterator[ObjectInfo]:
     within one level, `**` over levels; a folder that matches stands for everything below it). It
     is read as a glob only if nothing has that literal name. Only folders are left out. Symlinks
     are followed, except back to a folder they are in; one that leads nowhere is listed with
-    version `MISSING`. A local folder that cannot be read is left out with a warning. An
-    existing, empty local folder gives nothing.
+    version `MISSING`. A local folder that cannot be read is left out with a warning, and is added
+    to `unlisted`. An existing, empty local folder gives nothing.
 
     Raises:
         Fatal: nothing is there, or it may not be listed.
         Transient: the store did not answer, after retries.
     """
     url = absolute(url)
-    return _list_remote(url) if is_remote(url) else _list_local(_local(url))
+    if is_remote(url):
+        return _list_remote(url)
+    return _list_local(_local(url), [] if unlisted is None else unlisted)
 
 
 def info(uri: str) -> ObjectInfo | None:
@@ -197,19 +199,19 @@ def _info(uri: str) -> ObjectInfo | None:
     return None if found["type"] == "directory" else _remote_info(uri, found)
 
 
-def _list_local(path: str) -> Iterator[ObjectInfo]:
+def _list_local(path: str, unlisted: list[str]) -> Iterator[ObjectInfo]:
     try:
         is_folder = Path(path).is_dir()
     except OSError as error:  # a folder on the way may not be entered
         raise Fatal(f"cannot list {path}: {error.strerror}; {_remedy(error)}") from error
     if is_folder:
-        yield from _walk(path)
+        yield from _walk(path, unlisted)
     elif os.path.lexists(path):
         yield _local_info(path)
     elif _GLOB_SIGNS.search(path):
         root, matches, may_contain = _glob(path)
         if Path(root).is_dir():
-            yield from _something(_walk(root, may_contain, matches), path)
+            yield from _something(_walk(root, unlisted, may_contain, matches), path)
         else:
             raise _nothing_there(path)
     else:
@@ -218,11 +220,12 @@ def _list_local(path: str) -> Iterator[ObjectInfo]:
 
 def _walk(
     root: str,
+    unlisted: list[str],
     may_contain: Callable[[str], bool] = lambda folder: True,
     matches: Callable[[str], bool] = lambda path: True,
 ) -> Iterator[ObjectInfo]:
     """Everything below the folder `root` that `matches`, in the order of the whole path."""
-    open_folders = [(iter(_entries(root, is_root=True)), _identity(root))]
+    open_folders = [(iter(_entries(root, unlisted, is_root=True)), _identity(root))]
     while open_folders:
         entry = next(open_folders[-1][0], None)
         if entry is None:
@@ -234,10 +237,10 @@ def _walk(
             identity = _identity(entry.path)
             # A symlink to a folder we are inside of would be walked for ever.
             if not any(identity == outer for _, outer in open_folders):
-                open_folders.append((iter(_entries(entry.path)), identity))
+                open_folders.append((iter(_entries(entry.path, unlisted)), identity))
 
 
-def _entries(folder: str, is_root: bool = False) -> list[os.DirEntry[str]]:
+def _entries(folder: str, unlisted: list[str], is_root: bool = False) -> list[os.DirEntry[str]]:
     try:
         with os.scandir(folder) as found:
             # "a/" sorts after "a.wav", so that the walk as a whole is in the order of the paths.
@@ -246,6 +249,7 @@ def _entries(folder: str, is_root: bool = False) -> list[os.DirEntry[str]]:
         if is_root:
             raise Fatal(f"cannot list {folder}: {error.strerror}; {_remedy(error)}") from error
         log.warning("left out folder %s: %s", _local_uri(folder), error.strerror)
+        unlisted.append(_local_uri(folder))
         return []
 
 

@@ -123,9 +123,9 @@ def peak() -> str:
 def listing(real, count: int):
     """A store's answer, by the thousand names a folder, as a call centre's system writes them."""
 
-    def listed(url):
+    def listed(url, unlisted=None):
         if url != ARCHIVE:
-            yield from real(url)
+            yield from real(url, unlisted)
             return
         draw = random.Random(1)
         for number in range(count):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
+import os
 import random
 import struct
 from pathlib import Path
@@ -47,7 +48,7 @@ def test_a_folder_leaves_out_hidden_files_and_sidecars_and_says_so(
     with caplog.at_level(logging.WARNING):
         assert _names(tmp_path, tmp_path) == sorted(kept)
     (line,) = caplog.messages
-    assert "left out 5 files" in line
+    assert "(5 in all)" in line
     assert ".json 2, .txt 1, hidden 2" in line
 
 
@@ -69,6 +70,21 @@ def test_nothing_to_transcribe_is_one_sentence(tmp_path: Path) -> None:
         list_archive(str(tmp_path / "a.json"))
     with pytest.raises(Fatal, match="does not exist"):
         list_archive(f"{tmp_path}/none")
+
+
+def test_a_folder_that_cannot_be_listed_is_counted(tmp_path: Path, monkeypatch) -> None:
+    _fill(tmp_path, "a.wav", "locked/b.wav")
+    real = os.scandir
+
+    def scandir(folder: str):  # for root, every folder can be listed
+        if folder.endswith("locked"):
+            raise PermissionError(13, "Permission denied")
+        return real(folder)
+
+    monkeypatch.setattr(os, "scandir", scandir)
+    unlisted: list[str] = []
+    assert len(list_archive(str(tmp_path), unlisted)) == 1
+    assert unlisted == [f"{tmp_path}/locked"]
 
 
 @given(

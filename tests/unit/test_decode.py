@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 import struct
 from pathlib import Path
 
@@ -553,3 +554,92 @@ def test_corpus_broken_files_end_as_bad_audio_or_audio(capfd):
         "zero_bytes.mp3": "empty_file",
     }
     assert capfd.readouterr() == ("", "")
+
+
+# ---- what lies behind the sound that a header tells ------------------------------------------
+
+
+def wav_of(sound: np.ndarray, sample_rate: int = 8000) -> bytes:
+    file = io.BytesIO()
+    sf.write(file, sound, sample_rate, format="WAV", subtype="PCM_16")
+    return file.getvalue()
+
+
+def with_data_bytes(content: bytes, n: int) -> bytes:
+    """A WAV whose data chunk says `n` bytes."""
+    at = content.index(b"data") + 4
+    return content[:at] + struct.pack("<I", n) + content[at + 4 :]
+
+
+@pytest.mark.parametrize("told_s", [0.5, 1.0, 1.9])
+@pytest.mark.parametrize("in_a_file", [False, True])
+def test_sound_behind_a_size_that_was_never_updated_is_heard(told_s, in_a_file, tmp_path) -> None:
+    stale = with_data_bytes(wav_of(tones(8000, 2)), int(told_s * 8000) * 4)
+    (tmp_path / "a.wav").write_bytes(stale)
+    audio = decode(tmp_path / "a.wav" if in_a_file else stale, "a.wav")
+    assert audio.problem is None
+    assert audio.duration_s == pytest.approx(2.0, abs=0.01)
+    assert_same_sound(audio, 2, 0.98, 160)
+
+
+CHUNK = b"LIST" + struct.pack("<I", 100) + b"INFO" + bytes(96)
+
+
+@pytest.mark.parametrize(
+    "behind",
+    [
+        CHUNK,
+        b"abcd" + struct.pack("<I", 200) + b"\x7f" * 200,  # nobody knows it, but it fits
+        CHUNK[:80],
+        b"TAG" + b"a song" * 20 + b"\0\0\0\0\0",
+        bytes(4000),
+        b"\x81" * 10,
+    ],
+    ids=["chunk", "own-chunk", "cut-chunk", "mp3-tag", "zeros", "few"],
+)
+def test_what_is_no_sound_behind_the_sound_stays_unheard(behind) -> None:
+    audio = decode(wav_of(tones(8000, 1)) + behind, "a.wav")
+    assert (audio.problem, audio.duration_s) == (None, 2.0)
+
+
+def test_quiet_a_law_is_not_taken_for_a_chunk() -> None:
+    quiet = b"U" * 16_000  # silence in A-law, and four letters that could be a chunk's name
+    file = io.BytesIO()
+    sf.write(file, np.zeros(16_000), 8000, format="WAV", subtype="ALAW")
+    header = file.getvalue()[: -len(quiet)]
+    audio = decode(with_data_bytes(header + quiet, 8_000), "a.wav")
+    assert audio.duration_s == pytest.approx(2.0, abs=0.01)
+
+
+def test_a_wav_behind_a_wav_is_said_to_be_missing() -> None:
+    first = wav_of(tones(8000, 1))
+    audio = decode(first + wav_of(tones(8000, 2)), "a.wav")
+    assert audio.duration_s == 2.0
+    assert audio.problem is not None and audio.problem.kind == "truncated"
+    assert f"at byte {len(first)}" in str(audio.problem)
+
+
+@pytest.mark.parametrize(
+    ("container", "subtype"), [("OGG", "OPUS"), ("OGG", "VORBIS"), ("FLAC", "PCM_16")]
+)
+def test_files_of_one_shape_behind_each_other_are_heard_to_the_end(container, subtype) -> None:
+    file = io.BytesIO()
+    sf.write(file, tones(48_000, 2), 48_000, format=container, subtype=subtype)
+    audio = decode(file.getvalue() * 3, "a")
+    assert audio.problem is None
+    assert audio.duration_s == pytest.approx(6.0, abs=0.1)
+
+
+@pytest.mark.parametrize(
+    ("container", "subtype"), [("OGG", "OPUS"), ("FLAC", "PCM_16"), ("MP3", "MPEG_LAYER_III")]
+)
+def test_what_follows_in_another_shape_is_said_to_be_missing(container, subtype) -> None:
+    files = []
+    for n_channels in (2, 1):
+        file = io.BytesIO()
+        sf.write(file, tones(48_000, n_channels), 48_000, format=container, subtype=subtype)
+        files.append(file.getvalue())
+    audio = decode(b"".join(files), "a")
+    assert audio.duration_s == pytest.approx(2.0, abs=0.1)
+    assert audio.problem is not None and audio.problem.kind == "truncated"
+    assert re.search(r" (1\.9|2\.[01])\d* s ", str(audio.problem))

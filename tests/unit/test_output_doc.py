@@ -67,7 +67,7 @@ def test_columns_stand_in_order_with_their_types(heading: str, fields: Iterable[
 
 
 def test_report_keys() -> None:
-    facts = RunFacts("r", "complete", "a", "o", "m", "e", "cpu", 1, 1, 0, 0, 1.0, 1.0, 2.0, 1)
+    facts = RunFacts("r", "complete", "a", "o", "m", "e", "cpu", 1, 1, 0, 0, 0, 1.0, 1.0, 2.0, 1)
     totals = Totals(failures={"corrupt": 1})
     bill = Bill({"g2-standard-4:spot": Charge(1, 1.0, 0.5, 0.5)})
     written = report(facts, totals, [], bill)

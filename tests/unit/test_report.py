@@ -66,6 +66,7 @@ FACTS = RunFacts(
     device="cpu",
     workers=2,
     archive_recordings=10,
+    unlisted_folders=0,
     already_transcribed=2,
     superseded=0,
     startup_seconds=10.0,
