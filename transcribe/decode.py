@@ -490,6 +490,12 @@ def _no_samples() -> BadAudio:
     return BadAudio("no_samples", "The file is well formed but holds no sound (0 samples).")
 
 
+_NO_INDEX = (
+    "The index of this MP4 file (moov), which is mostly written last, is missing or damaged:"
+    " no sound could be decoded. A repair tool may rebuild it."
+)
+
+
 def _corrupt() -> BadAudio:
     return BadAudio("corrupt", "The file is damaged: no sound could be decoded from it.")
 
@@ -690,6 +696,8 @@ def _open_av(file: _File, raw: tuple[str, dict[str, str], float] | None) -> _Sou
     try:
         container = open_container(file.open(), raw)
     except FOREIGN as error:
+        if file.head[4:8] == b"ftyp":
+            raise BadAudio("corrupt", _NO_INDEX) from error
         raise _corrupt() if KNOWN_MAGIC.match(file.head) else _not_audio() from error
     if not container.streams.audio:
         raise BadAudio("no_audio_stream", "The file holds no audio stream.")
