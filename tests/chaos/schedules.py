@@ -10,7 +10,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from tests.chaos.world import REPO, World, environment, send
+from tests.chaos.world import REPO, World, drivers, environment, send
 
 ENGINE = "MapWorker(Map(_Recogniser))"
 DECODE = "FlatMap(_decode)"
@@ -110,7 +110,7 @@ class Hand:
         if target == "driver":
             return None if self.is_job else self.driver.pid
         if target == "job":
-            found = [p for m in self.world.machines for p in m.processes("tests.chaos.driver /")]
+            found = drivers(self.out)
         elif target == "node":
             found = sorted(p for n in self.world.nodes for p in n.processes("raylet/raylet"))
         elif target == "watch":

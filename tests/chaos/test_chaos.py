@@ -21,7 +21,7 @@ import pytest
 import soundfile
 
 from tests.chaos.schedules import EVERYWHERE, Hand, published, schedule
-from tests.chaos.world import RAY, REPO, World, environment
+from tests.chaos.world import RAY, REPO, World, drivers, environment, send
 from transcribe.schema import PROVENANCE_ONLY
 
 N_SCHEDULES = int(os.environ.get("CHAOS_SCHEDULES", "1"))
@@ -180,9 +180,8 @@ def test_the_same_rows_after_any_faults(seed, world, archive, out, undisturbed, 
         hand.undo_due(is_end=True)
         run.process.kill()
         run.process.wait()
-        for machine in world.machines:  # a job's driver outlives `ray job submit`
-            for pid in machine.processes("tests.chaos.driver /"):
-                os.kill(pid, 9)
+        for pid in drivers(out):  # a job's outlives `ray job submit`
+            send(pid, 9)
     assert ended is not None, f"{story}: does not end\n{run.said[-3000:]}"
     assert "Traceback" not in run.said or is_job, f"{story}\n{run.said[-5000:]}"
     if ended == 2:

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -71,6 +72,17 @@ def send(pid, number):
     except ProcessLookupError:
         return False
     return True
+
+
+def drivers(out):
+    """Pids of the drivers of runs into `out`; those of jobs have sessions of their own."""
+    found = []
+    for entry in Path("/proc").glob("[0-9]*"):
+        with suppress(OSError):
+            words = (entry / "cmdline").read_bytes().decode(errors="replace").split("\0")
+            if words[1:3] == ["-m", "tests.chaos.driver"] and str(out) in words:
+                found.append(int(entry.name))
+    return sorted(found)
 
 
 @dataclass

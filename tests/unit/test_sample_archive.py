@@ -59,7 +59,7 @@ def test_an_unknown_voice_is_named():
 
 def test_a_missing_synthesiser_names_the_extra(monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "espeakng_loader", None)
-    with pytest.raises(Fatal, match=r"transcribe\[demo\]"):
+    with pytest.raises(Fatal, match=r"\.\[demo\]"):
         make_sample_archive(tmp_path / "archive")
 
 
