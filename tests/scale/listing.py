@@ -1,0 +1,64 @@
+"""`python -m tests.scale.listing`: objects listed a second, locally and from the GCS emulator.
+
+The emulator is one Python process beside it, so its figure says what the whole path does, not what
+a bucket can do.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.request
+from pathlib import Path
+
+from tests.integration.conftest import _wait_until_up, free_port
+from transcribe import storage
+from transcribe.archive import list_archive
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="How fast an archive is listed.")
+    parser.add_argument("--objects", type=int, default=10_000)
+    count = parser.parse_args().objects
+    names = [f"{n // 1000:06d}/call-{n:09d}.wav" for n in range(count)]
+    with tempfile.TemporaryDirectory() as folder:
+        for name in names:
+            path = Path(folder, name)
+            path.parent.mkdir(exist_ok=True)
+            path.write_bytes(b"x")
+        told("local tree", folder, count)
+    port = free_port()
+    flags = ["start", "--quiet", "--host=127.0.0.1", f"--port={port}", "--in-memory"]
+    emulator = subprocess.Popen([sys.executable, "-m", "gcp_storage_emulator", *flags])
+    try:
+        address = f"http://127.0.0.1:{port}"
+        _wait_until_up(f"{address}/", emulator)
+        os.environ["STORAGE_EMULATOR_HOST"] = address
+        os.environ["GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT"] = "false"
+        made = urllib.request.Request(
+            f"{address}/storage/v1/b?project=test",
+            data=json.dumps({"name": "archive"}).encode(),
+            headers={"Content-Type": "application/json"},
+        )
+        urllib.request.urlopen(made, timeout=10).close()
+        for name in names:
+            storage.put(f"gs://archive/{name}", b"x")
+        told("emulator", "gs://archive", count)
+    finally:
+        emulator.kill()
+
+
+def told(what: str, archive: str, count: int) -> None:
+    cpu, wall = time.process_time(), time.monotonic()
+    assert len(list_archive(archive)) == count
+    cpu, wall = time.process_time() - cpu, time.monotonic() - wall
+    print(f"{what}: {count / wall:,.0f} objects/s ({count:,} in {wall:.2f} s, {cpu:.2f} CPU s)")
+
+
+if __name__ == "__main__":
+    main()
