@@ -8,6 +8,7 @@ from __future__ import annotations
 import codecs
 import re
 import struct
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import BinaryIO
 
@@ -221,27 +222,53 @@ def ogg_seconds(file: BinaryIO) -> list[float | None]:
     Streams that begin together are one link: they are to be played together.
     """
     links: list[float | None] = []
-    rate, skipped, at, is_beginning = 0, 0, 0, False
+    rate, skipped, is_beginning = 0, 0, False
+    for page in ogg_pages(file):
+        if page.begins:
+            if not is_beginning:
+                links.append(None)
+                rate, skipped = ogg_clock(page.body)
+        elif rate and page.granule > skipped:
+            links[-1] = (page.granule - skipped) / rate
+        is_beginning = page.begins
+    return links
+
+
+@dataclass(frozen=True, slots=True)
+class OggPage:
+    """What is looked at of a page (RFC 3533, section 6).
+
+    Attributes:
+        begins: a stream does, with this page.
+        granule: position of its last sample, in a unit of its codec's; -1 for none.
+        body: the first bytes behind its header.
+        end: byte behind it, where the next page begins.
+    """
+
+    begins: bool
+    granule: int
+    body: bytes
+    end: int
+
+
+def ogg_pages(file: BinaryIO) -> Iterator[OggPage]:
+    """The pages of an Ogg file or of its head, up to where something else follows one."""
+    at = 0
     while True:
         page = _read_at(file, at, 27 + 255 + 64)
         if len(page) < 27 or page[:4] != b"OggS":
-            return links
+            return
         body = 27 + page[26]
-        if page[5] & 2:  # a stream begins
-            if not is_beginning:
-                links.append(None)
-                rate, skipped = _ogg_clock(page[body:])
-            is_beginning = True
-        else:
-            is_beginning = False
-            (granule,) = struct.unpack_from("<q", page, 6)
-            if rate and granule > skipped:
-                links[-1] = (granule - skipped) / rate
         at += body + sum(page[27:body])
+        (granule,) = struct.unpack_from("<q", page, 6)
+        yield OggPage(bool(page[5] & 2), granule, page[body:], at)
 
 
-def _ogg_clock(packet: bytes) -> tuple[int, int]:
-    """Granules a second of a stream that begins so, and how many come before its sound."""
+def ogg_clock(packet: bytes) -> tuple[int, int]:
+    """Granules a second of a stream that begins so, and how many come before its sound.
+
+    Opus and Vorbis only; 0 for others.
+    """
     if packet[:8] == b"OpusHead" and len(packet) >= 12:
         return 48_000, struct.unpack_from("<H", packet, 10)[0]
     if packet[:7] == b"\x01vorbis" and len(packet) >= 16:

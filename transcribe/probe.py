@@ -8,7 +8,7 @@ import struct
 from transcribe.decode import FOREIGN, headerless_format, open_container
 from transcribe.errors import BadAudio
 from transcribe.headerless import Headerless
-from transcribe.headers import mp3_seconds, other_kind, wav_header
+from transcribe.headers import mp3_seconds, ogg_clock, ogg_pages, other_kind, wav_header
 
 
 def probe_seconds(
@@ -79,17 +79,12 @@ def _probe(head: bytes, size_bytes: int, name: str, headerless: Headerless | Non
 
 def _ogg_seconds(head: bytes, size_bytes: int) -> float | None:
     """Seconds at the last page seen, stretched to the size of the file."""
-    vorbis = head.find(b"\x01vorbis", 0, 256)
-    if head.find(b"OpusHead", 0, 256) >= 0:
-        rate = 48_000
-    elif vorbis >= 0:
-        (rate,) = struct.unpack_from("<I", head, vorbis + 12)
-    else:
+    starts = [head.find(name, 0, 256) for name in (b"OpusHead", b"\x01vorbis")]
+    rate = next((ogg_clock(head[at:])[0] for at in starts if at >= 0), 0)
+    if not rate:
         return None
-    at, seconds, seen = 0, None, 1
-    while at + 27 <= len(head) and head[at : at + 4] == b"OggS":
-        (granule,) = struct.unpack_from("<q", head, at + 6)
-        at += 27 + head[at + 26] + sum(head[at + 27 : at + 27 + head[at + 26]])
-        if granule > 0 and at <= len(head):
-            seconds, seen = granule / rate, at
+    seconds, seen = None, 1
+    for page in ogg_pages(io.BytesIO(head)):
+        if page.granule > 0 and page.end <= len(head):
+            seconds, seen = page.granule / rate, page.end
     return None if seconds is None else seconds * size_bytes / seen

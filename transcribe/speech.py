@@ -18,8 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from transcribe.decode import SAMPLE_RATE
-
-Floats = npt.NDArray[np.float32]
+from transcribe.resampling import Floats
 
 FRAME_SAMPLES = 512  # Silero VAD judges 32 ms at a time
 MAX_WINDOW_SAMPLES = 30 * SAMPLE_RATE  # what Whisper was trained to hear at once

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from transcribe.speech import Floats
+from transcribe.resampling import Floats
 
 _MIRRORED = 64  # samples behind a frame, so that its last window is whole
 _HOP = 128  # of the network's spectrum, whose windows have two

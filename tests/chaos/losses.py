@@ -1,19 +1,18 @@
 """`python -m tests.chaos.losses`: seconds that a killed worker, machine or driver costs.
 
 The same run, undisturbed and with one kill in its middle, in turns; engines are fake ones with a
-service time, and decoding is slow, so that it can be hit. What a killed run
-left undone, the same command does, and its time is counted too.
+service time, and decoding is slow, so that it can be hit. What a killed run left undone, the same
+command does, and its time is counted too.
 """
 
 from __future__ import annotations
 
-import os
 import statistics
 import tempfile
 import time
 from pathlib import Path
 
-from tests.chaos.schedules import DECODE, Fault, Hand, published
+from tests.chaos.schedules import Fault, Hand, published
 from tests.chaos.test_chaos import Run
 from tests.chaos.test_deaths import archive_of
 from tests.chaos.world import World
@@ -21,13 +20,11 @@ from tests.chaos.world import World
 ROUNDS = 3
 N_RECORDINGS = 60  # 12 shards
 STRUCK_AFTER = 3  # shards
-DECODE_S = 0.3
 KILLS = ["nothing", "kill engine", "kill decode", "kill node", "kill driver"]
 
 
 def main() -> None:
     took: dict[str, list[float]] = {what: [] for what in KILLS}
-    os.environ["CHAOS_DECODE_S"] = str(DECODE_S)
     world = World(n_nodes=2)
     with tempfile.TemporaryDirectory() as folder:
         archive = archive_of(Path(folder, "calls"), [f"call-{n:02d}" for n in range(N_RECORDINGS)])
@@ -53,22 +50,17 @@ def seconds(world: World, archive: Path, out: Path, what: str) -> float:
     hand, begun = Hand(world, out, out.with_name("no-flag")), time.monotonic()
     run = Run(world, archive, out, hand.flag)
     hand.driver = run.process
-    while not is_due(world, out, what) and run.process.poll() is None:
+    # The hand itself waits for a decode task, which is ahead of all else.
+    after = 0 if what == "kill decode" else STRUCK_AFTER
+    while published(out) < after and run.process.poll() is None:
         time.sleep(0.02)
     if what != "nothing":
-        print(what, hand.strike(Fault(what, STRUCK_AFTER, 0.0, 0.0, 0)), flush=True)
+        print(what, hand.strike(Fault(what, after, 0.0, 0.0, 0)), flush=True)
     if run.process.wait() == 0:
         return time.monotonic() - begun
     again = Run(world, archive, out, hand.flag)
     assert again.process.wait() == 0, again.said
     return time.monotonic() - begun
-
-
-def is_due(world: World, out: Path, what: str) -> bool:
-    """In the middle of the run; for decoding, which is ahead of all, as soon as it is there."""
-    if what == "kill decode":
-        return bool(world.workers(DECODE))
-    return published(out) >= STRUCK_AFTER
 
 
 if __name__ == "__main__":

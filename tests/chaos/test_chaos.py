@@ -151,8 +151,7 @@ def disturbed(run, hand, faults, out):
         hand.undo_due()
         if todo and published(out) >= todo[0].after_shards and (out / "settings.json").exists():
             fault = todo.pop(0)
-            if fault.what != "kill decode":  # which waits for it
-                time.sleep(fault.wait_s)
+            time.sleep(fault.wait_s)
             if run.process.poll() is None:
                 told = hand.strike(fault)
                 story.append(f"{fault.what} ({told}, {time.monotonic() - began:.0f} s)")

@@ -15,6 +15,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -32,6 +33,13 @@ from transcribe import distributed
 def gcs_emulator() -> Iterator[str]:
     """Address of an emulator of Google Cloud Storage in a child process; sets no environment."""
     pytest.importorskip("gcp_storage_emulator")
+    with emulator() as address:
+        yield address
+
+
+@contextmanager
+def emulator() -> Iterator[str]:
+    """The same, outside of a test."""
     port = free_port()
     start = ["start", "--quiet", "--host=127.0.0.1", f"--port={port}", "--in-memory"]
     child = subprocess.Popen(
@@ -52,9 +60,14 @@ def gcs_bucket(gcs_emulator: str, monkeypatch: pytest.MonkeyPatch) -> str:
     """A new, empty bucket (`gs://archive-...`), and the environment that leads to it."""
     monkeypatch.setenv("STORAGE_EMULATOR_HOST", gcs_emulator)
     monkeypatch.setenv("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")
+    return new_bucket(gcs_emulator)
+
+
+def new_bucket(address: str) -> str:
+    """Its URL; the environment must lead to the emulator at `address`."""
     name = f"archive-{secrets.token_hex(4)}"
     request = urllib.request.Request(
-        f"{gcs_emulator}/storage/v1/b?project=test",
+        f"{address}/storage/v1/b?project=test",
         data=json.dumps({"name": name}).encode(),
         headers={"Content-Type": "application/json"},
     )

@@ -7,16 +7,12 @@ a bucket can do.
 from __future__ import annotations
 
 import argparse
-import json
 import os
-import subprocess
-import sys
 import tempfile
 import time
-import urllib.request
 from pathlib import Path
 
-from tests.integration.conftest import _wait_until_up, free_port
+from tests.integration.conftest import emulator, new_bucket
 from transcribe import storage
 from transcribe.archive import list_archive
 
@@ -32,25 +28,13 @@ def main() -> None:
             path.parent.mkdir(exist_ok=True)
             path.write_bytes(b"x")
         told("local tree", folder, count)
-    port = free_port()
-    flags = ["start", "--quiet", "--host=127.0.0.1", f"--port={port}", "--in-memory"]
-    emulator = subprocess.Popen([sys.executable, "-m", "gcp_storage_emulator", *flags])
-    try:
-        address = f"http://127.0.0.1:{port}"
-        _wait_until_up(f"{address}/", emulator)
+    with emulator() as address:
         os.environ["STORAGE_EMULATOR_HOST"] = address
         os.environ["GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT"] = "false"
-        made = urllib.request.Request(
-            f"{address}/storage/v1/b?project=test",
-            data=json.dumps({"name": "archive"}).encode(),
-            headers={"Content-Type": "application/json"},
-        )
-        urllib.request.urlopen(made, timeout=10).close()
+        bucket = new_bucket(address)
         for name in names:
-            storage.put(f"gs://archive/{name}", b"x")
-        told("emulator", "gs://archive", count)
-    finally:
-        emulator.kill()
+            storage.put(f"{bucket}/{name}", b"x")
+        told("emulator", bucket, count)
 
 
 def told(what: str, archive: str, count: int) -> None:
