@@ -138,23 +138,25 @@ class Claim:
                 f"OUT is claimed by {holder.sentence};"
                 f" watching up to {DEAD_AFTER_S:.0f} s for a sign of life ..."
             )
-            self._watch(holder, found.version)
-            self._say("There was none; going on from what it has published.")
+            end = self._watch(holder, found.version)
+            self._say(f"{end}; going on from what it has published.")
         return storage.put_if(self._url, self._content(), found.version)
 
-    def _watch(self, holder: Holder, version: str) -> None:
+    def _watch(self, holder: Holder, version: str) -> str:
+        """Wait for it to end, or refuse; tells how it ended."""
         until = time.monotonic() + DEAD_AFTER_S
         while time.monotonic() < until:
             time.sleep(_LOOK_EVERY_S)
             now = storage.info(self._url)
             if now is None or holder.is_gone():
-                return
+                return "It has ended"
             if now.version != version:
                 raise Fatal(
                     f"{holder.sentence[0].upper()}{holder.sentence[1:]} is at work in"
                     f" {redacted(self._out)}: wait until it ends, or end it, and run the same"
                     " command again."
                 )
+        return "There was none"
 
     def _beat(self) -> None:
         """In a thread: rewrite the object until the run is over or has lost it."""

@@ -201,14 +201,14 @@ def test_a_condition_decides_who_writes(gcs_bucket: str, faulty: FaultyBucket) -
 # ---------------------------------------------------------------- whole runs
 
 
-def _command(archive: str, out: str) -> list[str]:
-    flags = ["--model", "fake", "--shard-minutes", "0.05", "--max-failed", "0.5"]
+def _command(archive: str, out: str, model: str = "fake") -> list[str]:
+    flags = ["--model", model, "--shard-minutes", "0.05", "--max-failed", "0.5"]
     return [sys.executable, "-m", "jobs.transcribe", archive, out, *flags]
 
 
-def _start(archive: str, out: str, **env: str) -> subprocess.Popen[str]:
+def _start(archive: str, out: str, model: str = "fake", **env: str) -> subprocess.Popen[str]:
     return subprocess.Popen(
-        _command(archive, out),
+        _command(archive, out, model),
         env={**os.environ, **env},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -226,7 +226,8 @@ def _texts(rows: list[dict]) -> list[tuple]:
 
 def test_of_two_runs_started_at_once_one_is_refused(tmp_path: Path, write_archive) -> None:
     calls, out = write_archive(tmp_path / "calls", 4), tmp_path / "out"
-    runs = [_start(str(calls), str(out)) for _ in range(2)]
+    slow = "fake@0.8"  # at work for longer than two signs of life are apart
+    runs = [_start(str(calls), str(out), slow) for _ in range(2)]
     said = [each.communicate(timeout=200) for each in runs]
     codes = [each.returncode for each in runs]
     assert sorted(codes) == [0, 2], said

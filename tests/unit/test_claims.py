@@ -103,10 +103,28 @@ def test_a_silent_run_of_another_machine_is_taken_over_after_a_while(out: str) -
     said: list[str] = []
     with Claim(out, "/calls", said.append) as claim:
         claim.take()
-    assert [("worker-3" in line, "going on" in line) for line in said] == [
-        (True, False),
-        (False, True),
-    ]
+    assert ["worker-3" in line for line in said] == [True, False]
+    assert said[1] == "There was none; going on from what it has published."
+
+
+def test_a_run_that_ends_while_it_is_watched_is_followed(
+    out: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(claims, "BEAT_S", 300.0)
+    monkeypatch.setattr(claims, "DEAD_AFTER_S", 300.0)
+    said: list[str] = []
+    first = Claim(out, "/calls", print)
+    first.take()
+
+    def say(sentence: str) -> None:
+        said.append(sentence)
+        if "watching" in sentence:
+            first.__exit__(None, None, None)
+
+    with Claim(out, "/calls", say) as second:
+        second.take()
+        assert len(_left(out)) == 1
+    assert said[1:] == ["It has ended; going on from what it has published."]
 
 
 def test_a_claim_that_says_nothing_is_taken_over(out: str) -> None:
