@@ -31,7 +31,7 @@ RUN apt-get update \
     && rm -rf /var/lib/apt/lists/* \
     && useradd --create-home --uid 1000 --shell /bin/bash ray
 COPY --from=build /opt/transcribe /opt/transcribe
-ENV PATH=/opt/transcribe/bin:$PATH PYTHONUNBUFFERED=1
+ENV PATH=/opt/transcribe/bin:$PATH PYTHONUNBUFFERED=1 RAY_USAGE_STATS_ENABLED=0
 USER 1000
 WORKDIR /home/ray
 # A hub model can be put into the image, instead of being fetched by every machine:

@@ -96,6 +96,8 @@ def connect(address: str | None, workers: int | None) -> None:
     """
     # Ray's C++ part warns on stderr of things that are not the user's (ray-project/ray#53727).
     os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
+    # An archive's machine tells nobody what it does, Ray's makers included.
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     quiet: dict[str, Any] = {"logging_level": logging.ERROR, "log_to_driver": False}
     if address is None:
         cores = len(os.sched_getaffinity(0))

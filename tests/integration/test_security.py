@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import logging
+import os
 import threading
 from collections.abc import Iterator
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
@@ -12,10 +13,11 @@ from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
+import ray
 from rich.console import Console
 from typer.testing import CliRunner
 
-from transcribe import pipeline, publish, run
+from transcribe import pipeline, processes, publish, run
 from transcribe.cli import app
 from transcribe.config import RunConfig
 from transcribe.engines.load import load_engine
@@ -145,6 +147,17 @@ def test_planted_secrets_are_nowhere(
     assert SECRET not in str(rows)
     for name in files_of(out):
         assert SECRET.encode() not in (out / name).read_bytes(), name
+
+
+def test_ray_reports_nothing_to_its_makers(tmp_path: Path, write_archive, shared_ray) -> None:
+    calls = write_archive(tmp_path / "calls", 1)
+    command = ["run", str(calls), str(tmp_path / "out"), "--model", "fake", "--max-failed", "1"]
+    assert CliRunner().invoke(app, command).exit_code == 0
+    actors = {actor["name"] for actor in ray.util.list_named_actors(all_namespaces=True)}
+    assert "AutoscalingCoordinator" in actors  # Ray Data's actors are seen
+    assert "DataUsageCollectionActor" not in actors
+    raylet = processes.child_named("raylet", os.getpid())
+    assert b"RAY_USAGE_STATS_ENABLED=0" in Path(f"/proc/{raylet}/environ").read_bytes().split(b"\0")
 
 
 def test_a_new_signature_is_no_new_recording(tmp_path: Path, web: str) -> None:

@@ -43,6 +43,7 @@ def test_the_head_runs_nothing_and_workers_come_and_go():
     kinds = OWN_LAUNCHER["available_node_types"]
     assert kinds["head"]["resources"] == {"CPU": 0}
     assert "--num-cpus=0" in OWN_LAUNCHER["head_start_ray_commands"][-1]
+    assert "--disable-usage-stats" in OWN_LAUNCHER["head_start_ray_commands"][-1]
     assert len(WORKERS) == 2
     assert all(kinds[name]["min_workers"] == 0 for name in WORKERS)
     assert sum(kinds[name]["max_workers"] for name in WORKERS) <= OWN_LAUNCHER["max_workers"]
