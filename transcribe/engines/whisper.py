@@ -13,7 +13,7 @@ A result that looks wrong is tried again, first with the full 30 s.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
@@ -241,7 +241,7 @@ class Whisper:
         languages = self._languages(windows, encoded)
         results = self._first_texts(windows, languages, encoded)
         started = time.perf_counter()
-        self._try_again(windows, languages, results)
+        self._try_again(windows, languages, results, encoded)
         self.work.retries_s += time.perf_counter() - started
         return [results[i] for i in range(len(windows))]
 
@@ -251,11 +251,15 @@ class Whisper:
         languages: Sequence[tuple[str, float]],
         encoded: dict[int, Encoded],
     ) -> dict[int, Hypothesis]:
-        """What one attempt makes of each window, by its index; nothing of those nobody wants."""
+        """What one attempt makes of each window, by its index; nothing of those nobody wants.
+
+        `encoded` may hold some of them already; it is left with those whose text is unsure.
+        """
         results = {i: Hypothesis(()) for i, window in enumerate(windows) if not window.is_wanted}
+        for unwanted in results:
+            encoded.pop(unwanted, None)
         wanted = [i for i in range(len(windows)) if i not in results]
-        results.update(self._attempt(windows, wanted, languages, _FIRST, encoded))
-        encoded.clear()
+        results.update(self._attempt(windows, wanted, languages, _FIRST, encoded, _is_unsure))
         return results
 
     def _try_again(
@@ -263,15 +267,19 @@ class Whisper:
         windows: Sequence[EngineInput],
         languages: Sequence[tuple[str, float]],
         results: dict[int, Hypothesis],
+        encoded: dict[int, Encoded],
     ) -> None:
         """Attempt after attempt on what still looks wrong; then the tails that were not heard."""
 
         def attempt(how: _Attempt, indices: Sequence[int]) -> None:
-            for i, hypothesis in self._attempt(windows, indices, languages, how, {}):
+            for i, hypothesis in self._attempt(
+                windows, indices, languages, how, encoded, _is_suspicious
+            ):
                 results[i] = _better(results[i], hypothesis, windows[i])
 
         todo = [i for i, window in enumerate(windows) if window.is_wanted]
         attempt(_UNSURE, [i for i in todo if _is_unsure(results[i], windows[i])])
+        encoded.clear()  # the next attempts hear longer windows
         for retry in _RETRIES:
             todo = [i for i in todo if _is_suspicious(results[i], windows[i])]
             attempt(retry, todo)
@@ -305,8 +313,9 @@ class Whisper:
             for i in cut
         ]
         spoken = [languages[i] for i in cut]
-        heard = self._first_texts(tails, spoken, {})
-        self._try_again(tails, spoken, heard)
+        encoded: dict[int, Encoded] = {}
+        heard = self._first_texts(tails, spoken, encoded)
+        self._try_again(tails, spoken, heard, encoded)
         for index, result in enumerate(cut):
             results[result] = _joined(results[result], heard[index])
 
@@ -317,8 +326,13 @@ class Whisper:
         languages: Sequence[tuple[str, float]],
         attempt: _Attempt,
         encoded: dict[int, Encoded],
+        is_for_later: Callable[[Hypothesis, EngineInput], bool],
     ) -> Iterator[tuple[int, Hypothesis]]:
-        """Decode the windows at `indices` once; `encoded` may hold some of them already."""
+        """Decode the windows at `indices` once.
+
+        `encoded` may hold some of them already, and gets those that `is_for_later`, to be heard
+        again.
+        """
         # Like with like: windows of one length end together.
         longest_first = sorted(
             indices, key=lambda i: -padded_length(windows[i], attempt.full_padding)
@@ -338,10 +352,14 @@ class Whisper:
                 self.work.token_slots += len(written) * max(written)
             inputs = [windows[i] for i in members]
             phrased = self._segments(inputs, outputs, spoken, found)
-            return [
+            hypotheses = [
                 self._hypothesis(result, segments, languages[index])
                 for index, result, segments in zip(members, found, phrased, strict=True)
             ]
+            for index, output, hypothesis in zip(members, outputs, hypotheses, strict=True):
+                if is_for_later(hypothesis, windows[index]):
+                    encoded[index] = output
+            return hypotheses
 
         for position, hypothesis in self.fitting.over([1] * len(indices), decode):
             yield longest_first[position], hypothesis

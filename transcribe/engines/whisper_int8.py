@@ -173,8 +173,8 @@ class _Writer:
         hidden = self._decoder(tokens[:, None], self._cache, self._memory)
         return self._decoder.logits(hidden[:, -1])
 
-    def keep_windows(self, windows: Tensor) -> None:
-        self._memory.keep(windows.tolist())
+    def keep_windows(self, windows: Sequence[int]) -> list[int]:
+        return self._memory.keep(windows)
 
     def take_rows(self, rows: Tensor) -> None:
         self._cache.take(rows)

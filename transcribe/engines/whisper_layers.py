@@ -160,6 +160,12 @@ class _Heard:
         share = torch.softmax(scores.add_(self.weight), dim=-1)
         return torch.bmm(share, values).view(shape), share.view(*shape[:3], -1)
 
+    def take(self, windows: Sequence[int]) -> None:
+        """Become these windows by index, in this order."""
+        for stores in (self.keys, self.values):
+            for layer, store in enumerate(stores):
+                stores[layer] = _taken(store, torch.tensor(windows), store.shape[2])
+
 
 @dataclass(slots=True)
 class Memory:
@@ -167,15 +173,17 @@ class Memory:
 
     parts: list[_Heard]
 
-    def keep(self, windows: Sequence[int]) -> None:
-        """Forget all windows but these (ascending)."""
-        first = 0
+    def keep(self, windows: Sequence[int]) -> list[int]:
+        """Forget all windows but these; returns them in the order in which they stand now."""
+        kept, first = [], 0
         for part in self.parts:
             own = [i - first for i in windows if first <= i < first + part.n_windows]
+            placed = _without_holes(own)
+            kept += [first + i for i in placed]
             first += part.n_windows
-            part.keys = [k[own] for k in part.keys]
-            part.values = [v[own] for v in part.values]
+            part.take(placed)
         self.parts = [part for part in self.parts if part.n_windows]
+        return kept
 
 
 @dataclass(slots=True)
@@ -188,8 +196,8 @@ class Cache:
 
     def take(self, rows: Tensor) -> None:
         """Rows by index; some may be gone, some doubled."""
-        self.keys = [k[rows] for k in self.keys]
-        self.values = [v[rows] for v in self.values]
+        self.keys = [_taken(k, rows, self.length) for k in self.keys]
+        self.values = [_taken(v, rows, self.length) for v in self.values]
 
     def extend(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """Add `[n_rows, n_heads, n, d]` behind what is there; all keys and values so far."""
@@ -348,6 +356,31 @@ class Decoder:
             if shares is not None:
                 shares.append(share)
         return torch.cat(heard).transpose(1, 2).reshape(queries.shape).float()
+
+
+def _taken(store: Tensor, rows: Tensor, length: int) -> Tensor:
+    """`[n, n_heads, capacity, d]` -> its rows by index; copies those alone that move.
+
+    Args:
+        store: changed, unless there must be more rows than it has.
+        rows: which, `[n_rows]`.
+        length: how much of the capacity is in use.
+    """
+    if len(rows) > len(store):
+        return store.index_select(0, rows)
+    moved = (rows != torch.arange(len(rows))).nonzero()[:, 0]
+    if len(moved):
+        used = store[:, :, :length]
+        used.index_copy_(0, moved, used.index_select(0, rows[moved]))
+    return store[: len(rows)]
+
+
+def _without_holes(kept: Sequence[int]) -> list[int]:
+    """The same indices so ordered that those at the end fill the places of those that are gone."""
+    n = len(kept)
+    behind = iter(i for i in kept if i >= n)
+    staying = {i for i in kept if i < n}
+    return [place if place in staying else next(behind) for place in range(n)]
 
 
 def _means(frames: Tensor, counts: Sequence[int]) -> Tensor:

@@ -106,8 +106,12 @@ class Writer(Protocol):
         """Add a token to each row, `[n_rows]`; what may come next, `[n_rows, vocabulary]`."""
         ...
 
-    def keep_windows(self, windows: Tensor) -> None:
-        """Listen to these windows only (ascending); the rows that remain are taken next."""
+    def keep_windows(self, windows: Sequence[int]) -> list[int]:
+        """Listen to these windows only (ascending); the rows that remain are taken next.
+
+        Returns:
+            The same windows in the order in which their rows have to stand.
+        """
         ...
 
     def take_rows(self, rows: Tensor) -> None:
@@ -141,10 +145,10 @@ def greedy(writer: Writer, rules: TextRules, logits: Tensor, end: int) -> list[W
         ended |= ends
         if ended.float().mean() >= _WORTH_DROPPING:
             found |= _written(windows[ended], written[ended], length[ended], total[ended], end)
-            going = (~ended).nonzero()[:, 0]
-            if not len(going):
+            left = (~ended).nonzero()[:, 0].tolist()
+            if not left:
                 return [found[i] for i in range(len(found))]
-            writer.keep_windows(going)
+            going = torch.tensor(writer.keep_windows(left))
             writer.take_rows(going)
             windows, written, token = windows[going], written[going], token[going]
             total, length = total[going], length[going]
@@ -226,9 +230,9 @@ def beams(
             break
         if len(kept) <= (1 - _WORTH_DROPPING) * len(windows):
             found |= _bests(windows, ended, going, n_beams)
+            kept = writer.keep_windows(kept)
             windows, going = _at(kept, windows), _at(kept, going)
             ended, rows = _at(kept, ended), _at(kept, rows)
-            writer.keep_windows(torch.tensor(kept))
         writer.take_rows(torch.tensor([row for own in rows for row in own]))
         logits = writer.next_logits(torch.tensor([t.ids[-1] for w in going for t in w]))
     found |= _bests(windows, ended, going, n_beams)
