@@ -7,7 +7,7 @@ nothing of recordings or files.
 What makes it fast (docs/decisions.md): the encoder hears only a window's own length class,
 speech and a second, instead of 30 s; the rest of its output is taken from an encoding of
 silence made once. Without that rest Whisper misses the end of the speech and repeats itself.
-A result that looks wrong is tried again, first with the full 30 s.
+A result that looks wrong is tried again, first with more silence to hear, then with all 30 s.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import Any, Protocol
 
 import numpy as np
@@ -127,20 +128,21 @@ class WhisperRuntime(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class _Attempt:
-    """One way to decode: whether to pad to 30 s, and how to search."""
+    """One way to decode: samples of silence behind the length class, and how to search."""
 
-    full_padding: bool
+    more: int
     search: Search = Search()
 
 
 # Deterministic on purpose: the same window always gives the same text, on any worker and in
 # any order. Sampling at a temperature cannot promise that here (docs/decisions.md).
-_FIRST = _Attempt(full_padding=False)
-_UNSURE = _Attempt(full_padding=False, search=Search(beam_size=5))
+_FIRST = _Attempt(0)
+_UNSURE = _Attempt(0, Search(beam_size=5))
 _RETRIES = (
-    _Attempt(full_padding=True),
-    _Attempt(full_padding=True, search=Search(beam_size=5)),
-    _Attempt(full_padding=True, search=Search(beam_size=5, no_repeat_ngram_size=3)),
+    _Attempt(_LENGTH_CLASS),
+    _Attempt(FULL_SAMPLES),
+    _Attempt(FULL_SAMPLES, Search(beam_size=5)),
+    _Attempt(FULL_SAMPLES, Search(beam_size=5, no_repeat_ngram_size=3)),
 )
 
 
@@ -279,10 +281,11 @@ class Whisper:
 
         todo = [i for i, window in enumerate(windows) if window.is_wanted]
         attempt(_UNSURE, [i for i in todo if _is_unsure(results[i], windows[i])])
-        encoded.clear()  # the next attempts hear longer windows
-        for retry in _RETRIES:
+        for before, retry in pairwise((_FIRST, *_RETRIES)):
+            if retry.more != before.more:
+                encoded.clear()
             todo = [i for i in todo if _is_suspicious(results[i], windows[i])]
-            attempt(retry, todo)
+            attempt(retry, [i for i in todo if _differ(retry, before, windows[i])])
         todo = [i for i in todo if _is_suspicious(results[i], windows[i])]
         self._hear_on(windows, languages, results, todo)
 
@@ -334,13 +337,11 @@ class Whisper:
         again.
         """
         # Like with like: windows of one length end together.
-        longest_first = sorted(
-            indices, key=lambda i: -padded_length(windows[i], attempt.full_padding)
-        )
+        longest_first = sorted(indices, key=lambda i: -padded_length(windows[i], attempt.more))
 
         def decode(batch: list[int]) -> list[Hypothesis]:
             members = [longest_first[position] for position in batch]
-            outputs = self._encode(windows, members, attempt.full_padding, encoded)
+            outputs = self._encode(windows, members, attempt.more, encoded)
             spoken = [languages[i][0] for i in members]
             prompts = [self._tokens.prompt(language, self._task) for language in spoken]
             slots_before = self.work.token_slots
@@ -368,13 +369,13 @@ class Whisper:
         self,
         windows: Sequence[EngineInput],
         members: Sequence[int],
-        full_padding: bool,
+        more: int,
         encoded: dict[int, Encoded],
     ) -> list[Encoded]:
         """Encoder output of `members`; what `encoded` holds is taken out of it."""
         missing = [i for i in members if i not in encoded]
         samples = [windows[i].samples for i in missing]
-        padded = [padded_length(windows[i], full_padding) for i in missing]
+        padded = [padded_length(windows[i], more) for i in missing]
         started, features_before = time.perf_counter(), self.work.features_s
         made = self._runtime.encode(samples, padded)
         features = self.work.features_s - features_before
@@ -472,7 +473,7 @@ class Whisper:
 
         What was encoded for it is kept in `encoded`, so that it is not done twice.
         """
-        outputs = self._encode(windows, indices, False, encoded)
+        outputs = self._encode(windows, indices, 0, encoded)
         encoded.update(zip(indices, outputs, strict=True))
         with self._decoding():
             told = self._runtime.language_probabilities(outputs)
@@ -535,12 +536,16 @@ def decide_languages(
     return decided
 
 
-def padded_length(window: EngineInput, full: bool) -> int:
-    """Samples that a window is padded to: 30 s, or its length class (speech and a second)."""
-    if full:
-        return FULL_SAMPLES
+def padded_length(window: EngineInput, more: int) -> int:
+    """Samples that a window is padded to: its length class (speech and a second) and `more`."""
     classes = -(-(len(window.samples) + _MARGIN) // _LENGTH_CLASS)
-    return min(FULL_SAMPLES, int(classes) * _LENGTH_CLASS)
+    return min(FULL_SAMPLES, int(classes) * _LENGTH_CLASS + more)
+
+
+def _differ(one: _Attempt, other: _Attempt, window: EngineInput) -> bool:
+    """Whether two attempts at a window are not the same: one of 29 s is always padded to 30 s."""
+    longer = padded_length(window, one.more) != padded_length(window, other.more)
+    return longer or one.search != other.search
 
 
 def _is_silence(hypothesis: Hypothesis) -> bool:
