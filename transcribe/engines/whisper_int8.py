@@ -124,6 +124,7 @@ class Int8Runtime:
             texts = beams(
                 writer, self._rules, logits, end, search.beam_size, search.no_repeat_ngram_size
             )
+        self.work.token_slots += writer.n_stepped
         return [_generated(*each) for each in zip(texts, silent, strict=True)]
 
     @torch.inference_mode()
@@ -157,19 +158,26 @@ class Int8Runtime:
 
 
 class _Writer:
-    """A batch of windows that is being written down (a `Writer`)."""
+    """A batch of windows that is being written down (a `Writer`).
+
+    Attributes:
+        n_stepped: windows that it has written a token for, summed over the tokens.
+    """
 
     def __init__(self, decoder: Decoder, encoded: Sequence[Tensor]) -> None:
         self._decoder = decoder
         self._memory: Memory = decoder.memory(encoded)
         self._cache: Cache = decoder.cache(len(encoded))
+        self.n_stepped = 0
 
     def begin(self, prompts: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
         """Logits after the first token of the prompts and after all of it."""
+        self.n_stepped += self._memory.n_windows
         hidden = self._decoder(torch.tensor([list(p) for p in prompts]), self._cache, self._memory)
         return self._decoder.logits(hidden[:, 0]), self._decoder.logits(hidden[:, -1])
 
     def next_logits(self, tokens: Tensor) -> Tensor:
+        self.n_stepped += self._memory.n_windows
         hidden = self._decoder(tokens[:, None], self._cache, self._memory)
         return self._decoder.logits(hidden[:, -1])
 

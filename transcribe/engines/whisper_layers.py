@@ -173,6 +173,11 @@ class Memory:
 
     parts: list[_Heard]
 
+    @property
+    def n_windows(self) -> int:
+        """Windows that are still listened to."""
+        return sum(part.n_windows for part in self.parts)
+
     def keep(self, windows: Sequence[int]) -> list[int]:
         """Forget all windows but these; returns them in the order in which they stand now."""
         kept, first = [], 0
@@ -345,7 +350,7 @@ class Decoder:
         shares: list[Tensor] | None,
     ) -> Tensor:
         """Attention to the windows: `[n_rows * n, d_model]` -> the same."""
-        windows = sum(part.n_windows for part in memory.parts)
+        windows = memory.n_windows
         per_window = len(queries) // windows
         split = queries.view(windows, per_window, self._n_heads, -1).transpose(1, 2)
         heard, first = [], 0
