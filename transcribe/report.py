@@ -169,7 +169,8 @@ def _avoidable(totals: Totals, padding: float | None, retries: float | None) -> 
 
 
 def _left_over(used: float, whole: float) -> float | None:
-    return 1 - used / whole if whole > 0 else None
+    # A text that loops is cut without the end token that is counted for it.
+    return max(0.0, 1 - used / whole) if whole > 0 else None
 
 
 def _ratio(amount: float, seconds: float) -> float | None:
