@@ -76,9 +76,15 @@ class Content:
 
 @dataclass(frozen=True, slots=True)
 class Published:
-    """Where each published row is: parallel columns, newest row last."""
+    """Where each published row is.
+
+    Attributes:
+        table: parallel columns, newest row last; `file` is an index into `files`.
+        files: URLs of the transcript files, sorted.
+    """
 
     table: pa.Table
+    files: list[str]
 
     @property
     def recording_ids(self) -> pa.Array:
@@ -131,16 +137,25 @@ def read_published(out: str) -> Published:
 
 
 def _index(urls: Iterable[str]) -> Published:
-    tables = [
-        table.append_column("file", pa.array([url] * len(table), pa.string()))
-        for url, table in _tables(list(urls), _INDEX_COLUMNS)
-    ]
-    empty = pa.schema(
-        [*(schema.TRANSCRIPT.field(c) for c in _INDEX_COLUMNS), ("file", pa.string())]
-    )
-    table = pa.concat_tables(tables) if tables else empty.empty_table()
+    files = sorted(urls)
+    number = {url: i for i, url in enumerate(files)}
+    empty = pa.schema([*(schema.TRANSCRIPT.field(c) for c in _INDEX_COLUMNS), ("file", pa.int32())])
+    parts, some = [empty.empty_table()], []
+    for url, table in _tables(files, _INDEX_COLUMNS):
+        in_file = pa.array(np.full(len(table), number[url], np.int32))
+        some.append(table.append_column("file", in_file))
+        if len(some) == _READ_AHEAD:
+            parts.append(_in_one_piece(some))
+            some = []
+    table = pa.concat_tables([*parts, *some])
     # The file decides between rows of one moment, so that every run picks the same.
-    return Published(table.sort_by([("transcribed_at", "ascending"), ("file", "ascending")]))
+    table = table.sort_by([("transcribed_at", "ascending"), ("file", "ascending")])
+    return Published(table, files)
+
+
+def _in_one_piece(tables: Sequence[pa.Table]) -> pa.Table:
+    """A table of ten rows takes as much memory as ten times as many in one with others."""
+    return pa.concat_tables(tables).combine_chunks()
 
 
 def read_rows(published: Published, uris: set[str], columns: Sequence[str]) -> list[Row]:
@@ -155,12 +170,12 @@ def read_rows(published: Published, uris: set[str], columns: Sequence[str]) -> l
         Fatal: a transcript file cannot be read.
     """
     index = published.table
+    index = index.filter(pc.is_in(index["uri"], pa.array(list(uris), pa.string())))
     newest = {
-        uri: (recording_id, url)
-        for uri, recording_id, url in zip(
+        uri: (recording_id, published.files[file])
+        for uri, recording_id, file in zip(
             *(index[name].to_pylist() for name in ("uri", "recording_id", "file")), strict=True
         )
-        if uri in uris
     }
     found: dict[str, Row] = {}
     for file in sorted({url for _, url in newest.values()}):
@@ -172,17 +187,18 @@ def read_rows(published: Published, uris: set[str], columns: Sequence[str]) -> l
 
 def read_whole_rows(out: str, recording_ids: Collection[str]) -> Iterator[Row]:
     """The newest rows of these recordings, whole, file by file; those without one are left out."""
-    table = read_published(out).table
+    published = read_published(out)
+    table = published.table
     table = table.filter(
         pc.is_in(table["recording_id"], pa.array(list(recording_ids), pa.string()))
     )
     ids, files = table["recording_id"].to_pylist(), table["file"].to_pylist()
     newest = dict(zip(ids, files, strict=True))
-    ids_in: dict[str, list[str]] = {}
-    for recording_id, url in newest.items():
-        ids_in.setdefault(url, []).append(recording_id)
-    for url, here in sorted(ids_in.items()):
-        rows = _read_if_there(url)
+    ids_in: dict[int, list[str]] = {}
+    for recording_id, file in newest.items():
+        ids_in.setdefault(file, []).append(recording_id)
+    for file, here in sorted(ids_in.items()):
+        rows = _read_if_there(published.files[file])
         if rows is None:
             continue
         wanted = pc.is_in(rows["recording_id"], pa.array(here, pa.string()))
@@ -295,23 +311,36 @@ _SETTLE_ROUNDS = 20
 def _settle_once(out: str) -> tuple[Published, int, bool]:
     """Drop what is superseded: what stays, how much went, and whether nobody came between."""
     versions = _transcript_files(out)  # before they are read: what is newer is left alone
-    table = _index(versions).table
-    newest: dict[str, int] = {uri: i for i, uri in enumerate(table["uri"].to_pylist())}
-    kept = set(newest.values())
-    stale_files: dict[str, int] = {}
-    for i, url in enumerate(table["file"].to_pylist()):
-        if i not in kept:
-            stale_files[url] = stale_files.get(url, 0) + 1
-    done = [
-        url for url in stale_files if _rewrite(url, versions[url], _kept_uris(table, kept, url))
-    ]
-    stays = Published(table.take(pa.array(sorted(kept), pa.int64())))
-    return stays, sum(stale_files[url] for url in done), len(done) == len(stale_files)
+    published = _index(versions)
+    table, files = published.table, published.files
+    is_newest = _is_newest(table)
+    stale_rows = pc.value_counts(table["file"].filter(pc.invert(is_newest)))
+    if not len(stale_rows):
+        return published, 0, True
+    dropped = 0
+    is_settled = True
+    for entry in stale_rows.to_pylist():
+        url = files[entry["values"]]
+        keep = table.filter(pc.and_(is_newest, pc.equal(table["file"], entry["values"])))
+        if _rewrite(url, versions[url], _names(keep)):
+            dropped += entry["counts"]
+        else:
+            is_settled = False
+    return Published(table.filter(is_newest), files), dropped, is_settled
 
 
-def _kept_uris(table: pa.Table, kept: Iterable[int], url: str) -> set[tuple[str, str]]:
-    files, ids, uris = (table[c].to_pylist() for c in ("file", "recording_id", "uri"))
-    return {(ids[i], uris[i]) for i in kept if files[i] == url}
+def _is_newest(table: pa.Table) -> pa.Array:
+    """Whether each row is the last one of its URI."""
+    numbered = table.select(["uri"]).append_column("row", pa.array(np.arange(len(table))))
+    newest = numbered.group_by("uri", use_threads=False).aggregate([("row", "max")])["row_max"]
+    is_newest = np.zeros(len(table), bool)
+    is_newest[newest.to_numpy()] = True
+    return pa.array(is_newest)
+
+
+def _names(table: pa.Table) -> set[tuple[str, str]]:
+    """Id and URI of each row."""
+    return set(zip(*(table[c].to_pylist() for c in ("recording_id", "uri")), strict=True))
 
 
 def _rewrite(url: str, version: str, keep: set[tuple[str, str]]) -> bool:
@@ -321,7 +350,7 @@ def _rewrite(url: str, version: str, keep: set[tuple[str, str]]) -> bool:
     table = _read_if_there(url)
     if table is None:
         return False
-    pairs = zip(table["recording_id"].to_pylist(), table["uri"].to_pylist(), strict=True)
+    pairs = zip(*(table[c].to_pylist() for c in ("recording_id", "uri")), strict=True)
     mask = pa.array([pair in keep for pair in pairs], pa.bool_())
     return storage.put_if(url, _table_bytes(table.filter(mask)), version) is not None
 
