@@ -334,7 +334,7 @@ class Whisper:
         """Decode the windows at `indices` once.
 
         `encoded` may hold some of them already, and gets those that `is_for_later`, to be heard
-        again.
+        again; no more of them than fit into a batch.
         """
         # Like with like: windows of one length end together.
         longest_first = sorted(indices, key=lambda i: -padded_length(windows[i], attempt.more))
@@ -358,7 +358,7 @@ class Whisper:
                 for index, result, segments in zip(members, found, phrased, strict=True)
             ]
             for index, output, hypothesis in zip(members, outputs, hypotheses, strict=True):
-                if is_for_later(hypothesis, windows[index]):
+                if is_for_later(hypothesis, windows[index]) and len(encoded) < self.fitting.budget:
                     encoded[index] = output
             return hypotheses
 
