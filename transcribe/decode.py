@@ -35,6 +35,7 @@ from av.audio.codeccontext import AudioCodecContext
 from av.audio.stream import AudioStream
 from av.container import InputContainer
 
+from transcribe.channels import Likeness
 from transcribe.errors import BadAudio
 from transcribe.headerless import EXTENSIONS, Headerless
 from transcribe.headers import (
@@ -91,8 +92,7 @@ class Audio:
         sample_rate: of the source, Hz.
         n_channels: 1 to 32.
         n_samples: of each channel at 16 kHz.
-        products: float64 [n_channels, n_channels], the sum of products of each two channels'
-            samples (int16 units); 0 for a silent one with itself.
+        likeness: what the channels have in common.
         problem: kind `truncated` when only part could be decoded.
         blocks: gives the samples, from the start with each call: int16 [n_channels, n] in C
             order, some 2 million values at a time. It decodes again what is too long to be
@@ -105,7 +105,7 @@ class Audio:
     sample_rate: int
     n_channels: int
     n_samples: int
-    products: npt.NDArray[np.float64]
+    likeness: Likeness
     problem: BadAudio | None
     blocks: Callable[[], Iterator[Int16s]]
     resampling: Stopwatch
@@ -298,7 +298,7 @@ class _Reading:
     source: _Source
     held: list[Int16s] | None
     n_samples: int
-    products: npt.NDArray[np.float64]
+    likeness: Likeness
     damage: str | None
     resampling: Stopwatch
 
@@ -330,7 +330,7 @@ def _read(reopen: Callable[[], _Source | None], file: _File) -> _Reading | None:
     held: list[Int16s] | None = []
     n_samples, resampling = 0, Stopwatch()
     damage: str | None = None
-    products = np.zeros((source.n_channels, source.n_channels))
+    likeness = Likeness(source.n_channels)
     limit_s = _longest_s(file.size_bytes, source.n_channels)
     try:
         for block in _samples(source, resampling):
@@ -340,15 +340,15 @@ def _read(reopen: Callable[[], _Source | None], file: _File) -> _Reading | None:
                     "too_long",
                     f"The recording is longer than {limit_s / 3600:.0f} hours; split it first.",
                 )
-            floats = block.astype(np.float32)
-            products += floats @ floats.T
+            likeness.push(block.astype(np.float32))
             if n_samples * source.n_channels > HELD_VALUES:
                 held = None
             if held is not None:
                 held.append(block)
     except _Damaged as error:
         damage = str(error)
-    return _Reading(reopen, source, held, n_samples, products, damage, resampling)
+    likeness.finish()
+    return _Reading(reopen, source, held, n_samples, likeness, damage, resampling)
 
 
 def _longest_s(size_bytes: int, n_channels: int) -> float:
@@ -429,7 +429,7 @@ def _finish(
         sample_rate=source.sample_rate,
         n_channels=source.n_channels,
         n_samples=n_samples,
-        products=reading.products,
+        likeness=reading.likeness,
         problem=_problem(source, n_samples / SAMPLE_RATE, reading.damage, file, wav),
         blocks=reading.blocks,
         resampling=reading.resampling,

@@ -21,6 +21,7 @@ import numpy.typing as npt
 
 from transcribe import resampling
 from transcribe.assemble import Coverage, coverage, coverage_breach
+from transcribe.channels import Likeness
 from transcribe.config import ChannelMode
 from transcribe.decode import SAMPLE_RATE, Audio, Int16s, Stopwatch, decode
 from transcribe.errors import BadAudio
@@ -33,7 +34,6 @@ from transcribe.speech import (
     SpanFinder,
     Window,
     WindowPacker,
-    distinct_channels,
 )
 
 PIECE_SAMPLES = 600 * SAMPLE_RATE  # ten minutes of windows: 19 MB
@@ -119,7 +119,7 @@ def listen(
     audio = decode(content, name, headerless)
     clock.decoded(audio.resampling)
     mixed = mode == "mix" and audio.n_channels > 1
-    channels = [_Channel(number) for number in heard_channels(audio.products, mode)]
+    channels = [_Channel(number) for number in heard_channels(audio.likeness, mode)]
     found: list[_Cut] = []
     for block in audio.blocks():
         clock.decoded(audio.resampling)
@@ -145,7 +145,7 @@ def _whole(audio: Audio, channels: list[_Channel], mixed: bool) -> Whole:
     covered = {channel.number: channel.coverage() for channel in channels}
     if not mixed:  # what needs no recognition is accounted for: silent, or a repetition
         for number in set(range(audio.n_channels)) - set(covered):
-            is_silent = not audio.products[number, number]
+            is_silent = audio.likeness.is_silent(number)
             silence, skipped = (audio.duration_s, 0.0) if is_silent else (0.0, audio.duration_s)
             covered[number] = Coverage(number, 0.0, silence, skipped)
     return Whole(
@@ -162,18 +162,11 @@ def _whole(audio: Audio, channels: list[_Channel], mixed: bool) -> Whole:
 # ---- channels -------------------------------------------------------------------------
 
 
-def heard_channels(products: npt.NDArray[np.float64], mode: ChannelMode) -> list[int]:
-    """The channels to recognise by `--channels`; a mix is channel 0, whatever it is mixed from.
-
-    Args:
-        products: `Audio.products`.
-        mode: what the user wants.
-    """
-    if len(products) > 1 and mode == "mix":
+def heard_channels(likeness: Likeness, mode: ChannelMode) -> list[int]:
+    """The channels to recognise by `--channels`; a mix is channel 0, whatever it is mixed from."""
+    if mode == "mix":
         return [0]
-    if len(products) > 1 and mode == "auto":
-        return distinct_channels(products)
-    return list(range(len(products)))
+    return likeness.distinct() if mode == "auto" else list(range(len(likeness.products)))
 
 
 def _mix(block: Int16s) -> npt.NDArray[np.int16]:

@@ -307,27 +307,3 @@ class WindowPacker:
         assert self._open is not None
         close = start - self._open.end <= self._max_pause
         return close and end - self._open.start <= self._max_samples
-
-
-def distinct_channels(products: npt.NDArray[np.float64], correlation: float = 0.9) -> list[int]:
-    """The channels that say something of their own; the others repeat one of these.
-
-    Args:
-        products: shape `[n_channels, n_channels]`, sums of products of each two channels' samples.
-        correlation: Pearson correlation from which two channels count as the same: two
-            channels of one room are above it (0.99 and more), the two sides of a call are
-            near 0, whatever their levels.
-
-    Returns:
-        Indices of channels, ascending, never empty. Silent channels are left out when
-        another one is not silent.
-    """
-    distinct: list[int] = []
-    for channel in range(len(products)):
-        if products[channel, channel] and all(
-            products[channel, i]
-            < correlation * (products[channel, channel] * products[i, i]) ** 0.5
-            for i in distinct
-        ):
-            distinct.append(channel)
-    return distinct or [0]
