@@ -24,6 +24,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import chain
 from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO, cast
 
@@ -152,7 +153,7 @@ FOREIGN = (
 
 
 def decode(content: bytes | Path, name: str, headerless: Headerless | None = None) -> Audio:
-    """Decode one audio object from end to end; a video gives its first audio stream.
+    """Decode one audio object from end to end; of several sound tracks the first, and it is said.
 
     Args:
         content: the whole object, or the local file that holds it.
@@ -719,7 +720,7 @@ def _open_av(file: _File, raw: tuple[str, dict[str, str], float] | None) -> _Sou
         first.sample_rate,
         first.layout.nb_channels,
         _av_claim(container, stream, name, file.head),
-        _av_blocks(first, frames),
+        _av_blocks(first, frames, name in _TIMES_TELL_GAPS, len(container.streams.audio)),
     )
 
 
@@ -767,15 +768,54 @@ def _av_decoder(stream: AudioStream) -> AudioCodecContext:
     return decoder
 
 
-def _av_blocks(first: av.AudioFrame, frames: Iterator[av.AudioFrame]) -> Iterator[Floats]:
-    yield _av_floats(first)
-    for frame in frames:
+def _av_blocks(
+    first: av.AudioFrame, frames: Iterator[av.AudioFrame], with_gaps: bool, n_tracks: int
+) -> Iterator[Floats]:
+    gaps = _Gaps()
+    for frame in chain([first], frames):
         if (frame.sample_rate, frame.layout.nb_channels) != (
             first.sample_rate,
             first.layout.nb_channels,
         ):
             raise _Damaged(_left_out(first, frame, frames))
+        if with_gaps:
+            yield from gaps.before(frame)
         yield _av_floats(frame)
+    if n_tracks > 1:
+        raise _Damaged(
+            f"The file has {n_tracks} sound tracks, and only the first was heard. Write each"
+            " into a file of its own."
+        )
+
+
+# Containers in which a recorder that pauses writes nothing and goes on with a later time.
+_TIMES_TELL_GAPS = ("mkv", "webm", "mp4")
+_LEAST_GAP_S = 0.5
+_MOST_GAPS_S = 3600.0  # in all: a damaged time may be any
+
+
+class _Gaps:
+    """The silence where a container's times leap, so that what follows keeps its time."""
+
+    def __init__(self) -> None:
+        self._end_s: float | None = None
+        self._left_s = _MOST_GAPS_S
+
+    def before(self, frame: av.AudioFrame) -> Iterator[Floats]:
+        """What is missing before a frame, in pieces of a second or less."""
+        if frame.pts is None or not frame.time_base:
+            return
+        start_s = float(frame.pts * frame.time_base)
+        gap_s = 0.0 if self._end_s is None else start_s - self._end_s
+        self._end_s = start_s + frame.samples / frame.sample_rate
+        if not _LEAST_GAP_S <= gap_s <= self._left_s:
+            return
+        self._left_s -= gap_s
+        n_left = round(gap_s * frame.sample_rate)
+        while n_left > 0:
+            n = min(n_left, frame.sample_rate)
+            yield np.zeros((frame.layout.nb_channels, n), np.float32)
+            n_left -= n
 
 
 def _left_out(first: av.AudioFrame, other: av.AudioFrame, frames: Iterator[av.AudioFrame]) -> str:

@@ -101,6 +101,23 @@ def by_av(
     return file.getvalue()
 
 
+def with_times(fmt: str, codec: str, *starts_s: float, n_tracks: int = 1) -> bytes:
+    """Half seconds of a tone, 16 kHz, told to begin at `starts_s`; as many tracks of it."""
+    file = io.BytesIO()
+    tone = (np.sin(np.arange(8_000) * 0.3) * 9_000).astype(np.int16)
+    with av.open(file, "w", format=fmt) as out:
+        streams = [out.add_stream(codec, rate=16_000, layout="mono") for _ in range(n_tracks)]
+        for start_s in starts_s:
+            for at in range(0, 8_000, 800):
+                frame = av.AudioFrame.from_ndarray(tone[None, at : at + 800], "s16", "mono")
+                frame.sample_rate, frame.pts = 16_000, round(start_s * 16_000) + at
+                for stream in streams:
+                    out.mux(stream.encode(frame))
+        for stream in streams:
+            out.mux(stream.encode(None))
+    return file.getvalue()
+
+
 def kind_of(data: bytes, name: str = "a.wav") -> str:
     with pytest.raises(BadAudio) as caught:
         decode(data, name)
@@ -643,3 +660,25 @@ def test_what_follows_in_another_shape_is_said_to_be_missing(container, subtype)
     assert audio.duration_s == pytest.approx(2.0, abs=0.1)
     assert audio.problem is not None and audio.problem.kind == "truncated"
     assert re.search(r" (1\.9|2\.[01])\d* s ", str(audio.problem))
+
+
+def test_where_a_recorder_paused_there_is_silence():
+    """What follows keeps its time."""
+    audio = decode(with_times("matroska", "pcm_s16le", 0.0, 3.5, 4.25), "a.mkv")
+    assert audio.problem is None
+    assert audio.duration_s == pytest.approx(4.5, abs=0.01)  # the 0.25 s are a leap of no account
+    loud = np.abs(audio.samples[0].astype(int)).reshape(-1, 800).max(axis=1) > 1_000
+    assert loud.nonzero()[0].tolist() == [*range(10), *range(70, 90)]
+
+
+def test_times_that_leap_for_hours_are_not_believed():
+    audio = decode(with_times("matroska", "pcm_s16le", 0.0, 40_000.0), "a.mkv")
+    assert audio.duration_s == pytest.approx(1.0, abs=0.01)
+
+
+@pytest.mark.parametrize("fmt", ["matroska", "mov"])
+def test_a_second_track_is_not_left_out_without_a_word(fmt):
+    audio = decode(with_times(fmt, "pcm_s16le", 0.0, n_tracks=2), "a.mkv")
+    assert audio.duration_s == pytest.approx(0.5, abs=0.01)
+    assert audio.problem is not None
+    assert "2 sound tracks" in audio.problem.message
