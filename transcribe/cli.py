@@ -303,7 +303,7 @@ def _run(
     result = driver.transcribe(config, address, console, news)
     if result["recordings"]:
         print_summary(console, result)
-    else:
+    elif not result["budget_reached"]:
         console.print("Nothing left to do.")
     console.file.flush()  # a signal that comes while Ray leaves ends the process without it
     return result
@@ -662,13 +662,17 @@ def bench(
             scaling=scaling,
             price=price,
         )
-        say("\n".join(["", *table(benchmark(options, say)), "", f"report  {out / 'report.html'}"]))
+        report = benchmark(options, say)
+        say("\n".join(["", *table(report), "", f"report  {out / 'report.html'}"]))
     except ModuleNotFoundError as error:
         _complain(f"{error.name} is not installed: pip install '.[bench]'")
         raise typer.Exit(2) from None
     except TranscribeError as error:
         _complain(error)
         raise typer.Exit(2) from None
+    if all(contender["not_run"] for contender in report["contenders"]):
+        _complain("nothing could be measured; the table says why.")
+        raise typer.Exit(1)
 
 
 def main() -> None:

@@ -87,7 +87,7 @@ class _Group:
                 raise NotRun(f"not installed ({greeting['missing']})")
 
     def transcribe(self, shares: Sequence[Sequence[str]]) -> Measured:
-        """Give each process its files; measure until all are done.
+        """Give each process its files, if there are any for it; measure until all are done.
 
         Raises:
             NotRun: it broke down.
@@ -96,18 +96,19 @@ class _Group:
         cpu_before = sum(_cpu_seconds(pid) for pid in pids)
         with _watching(pids) as memory:
             began = time.perf_counter()
-            for process, files in zip(self._processes, shares, strict=True):
+            busy = [(p, files) for p, files in zip(self._processes, shares, strict=True) if files]
+            for process, files in busy:
                 assert process.stdin is not None
                 process.stdin.write(json.dumps({"files": list(files)}) + "\n")
                 process.stdin.flush()
-            answers = [self._hear(process) for process in self._processes]
+            answers = [self._hear(process) for process, _ in busy]
             elapsed = time.perf_counter() - began
         cpu = sum(_cpu_seconds(pid) for pid in pids) - cpu_before
         told = [a["seconds"] for a in answers if a["seconds"] is not None]
         told_cpu = [a["cpu_seconds"] for a in answers if a["cpu_seconds"] is not None]
         texts = {
             file: text
-            for files, answer in zip(shares, answers, strict=True)
+            for (_, files), answer in zip(busy, answers, strict=True)
             for file, text in zip(files, answer["texts"], strict=True)
         }
         return Measured(

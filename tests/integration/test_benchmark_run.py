@@ -81,3 +81,23 @@ def test_the_page_shows_it_and_escapes_names(result):
 def test_a_peer_that_is_not_known_is_refused(tmp_path):
     done = CliRunner().invoke(app, ["bench", "--out", str(tmp_path), "--only", "siri"])
     assert done.exit_code == 2
+
+
+def test_one_recording_leaves_a_process_without_work(tmp_path, write_call):
+    call = tmp_path / "call.wav"
+    write_call(call, 1)
+    flags = ["--out", str(tmp_path / "out"), "--model", "fake", "--rounds", "1"]
+    done = CliRunner().invoke(app, ["bench", str(call), *flags, "--only", "transcribe-bare"])
+    assert done.exit_code == 0, done.output
+    (bare,) = json.loads((tmp_path / "out" / "report.json").read_text())["contenders"]
+    assert bare["not_run"] is None and bare["recordings"] == 1
+
+
+def test_where_nothing_was_measured_the_exit_code_says_so(tmp_path, write_call):
+    write_call(tmp_path / "call.wav", 1)
+    flags = ["--out", str(tmp_path / "out"), "--model", "fake", "--rounds", "1"]
+    done = CliRunner().invoke(
+        app, ["bench", str(tmp_path / "call.wav"), *flags, "--only", "whisper.cpp"]
+    )
+    assert done.exit_code == 1
+    assert "nothing could be measured" in done.stderr
