@@ -671,7 +671,9 @@ def _dataset(shards: Sequence[Shard], job: Job, workers: int, watch: Any) -> ray
         .map(
             _Recogniser,  # type: ignore[arg-type]  # Ray's stub knows no classes
             fn_constructor_kwargs={"job": job, "watch": watch},
-            compute=ray.data.ActorPoolStrategy(size=workers, max_tasks_in_flight_per_actor=2),
+            compute=ray.data.ActorPoolStrategy(
+                size=workers, max_tasks_in_flight_per_actor=_shards_in_hand(job)
+            ),
             num_cpus=_GPU_ENGINE_CPUS if job.device == "cuda" else _ENGINE_CPUS,
             num_gpus=1 if job.device == "cuda" else None,
         )
@@ -682,6 +684,16 @@ def _dataset(shards: Sequence[Shard], job: Job, workers: int, watch: Any) -> ray
             concurrency=_decode_tasks(job, workers) or workers,
         )
     )
+
+
+def _shards_in_hand(job: Job) -> int:
+    """Shards that an engine has been given at once.
+
+    A GPU is done with one in seconds and must not wait for the next to be sent. On a CPU that takes
+    minutes, and a shard that waits for one engine is one that another cannot take: at the end of a
+    run, or while the others load, it would stand idle.
+    """
+    return 2 if job.device == "cuda" else 1
 
 
 def _decode_tasks(job: Job, workers: int) -> int | None:
