@@ -27,7 +27,7 @@ class Likeness:
 
     Attributes:
         products: float64 `[n_channels, n_channels]`, the sum of products of each two channels'
-            samples; 0 for a silent one with itself.
+            samples; 0 for a silent one with itself. Whole after `finish`.
     """
 
     def __init__(self, n_channels: int) -> None:
@@ -43,10 +43,7 @@ class Likeness:
 
     def push(self, samples: npt.NDArray[np.float32]) -> None:
         """Take samples in int16 units, `[n_channels, n]`; how they are cut does not matter."""
-        self.products += samples @ samples.T
         self._n_samples += samples.shape[1]
-        if len(samples) < 2:
-            return
         joined = np.concatenate((self._rest, samples), axis=1)
         n_chunks = joined.shape[1] // _CHUNK
         if not n_chunks:
@@ -65,6 +62,7 @@ class Likeness:
         """Add chunks `[n_channels, n_chunks, n]`."""
         by_time = chunks.transpose(1, 0, 2)
         products = (by_time @ by_time.transpose(0, 2, 1)).astype(np.float64)
+        self.products += products.sum(axis=0)
         energy = products.diagonal(axis1=1, axis2=2)
         common = products**2
         with np.errstate(divide="ignore", invalid="ignore"):

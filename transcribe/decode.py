@@ -631,6 +631,8 @@ _CONTAINER_OF_AV = {
 }
 # Containers whose header holds the true duration; elsewhere FFmpeg guesses from the bit rate.
 _HEADER_TELLS_DURATION = ("mp4", "mkv", "webm", "caf", "flac", "aiff", "au", "w64", "asf")
+# Containers in which a recorder that pauses writes nothing and goes on with a later time.
+_TIMES_TELL_GAPS = ("mkv", "webm", "mp4")
 
 # Extension -> FFmpeg demuxer, its options, bytes per second: formats without any header.
 _HEADERLESS: dict[str, tuple[str, dict[str, str], float]] = {
@@ -788,8 +790,6 @@ def _av_blocks(
         )
 
 
-# Containers in which a recorder that pauses writes nothing and goes on with a later time.
-_TIMES_TELL_GAPS = ("mkv", "webm", "mp4")
 _LEAST_GAP_S = 0.5
 _MOST_GAPS_S = 3600.0  # in all: a damaged time may be any
 

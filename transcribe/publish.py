@@ -317,16 +317,14 @@ def _settle_once(out: str) -> tuple[Published, int, bool]:
     stale_rows = pc.value_counts(table["file"].filter(pc.invert(is_newest)))
     if not len(stale_rows):
         return published, 0, True
-    dropped = 0
-    is_settled = True
+    dropped = []
     for entry in stale_rows.to_pylist():
         url = files[entry["values"]]
         keep = table.filter(pc.and_(is_newest, pc.equal(table["file"], entry["values"])))
-        if _rewrite(url, versions[url], _names(keep)):
-            dropped += entry["counts"]
-        else:
-            is_settled = False
-    return Published(table.filter(is_newest), files), dropped, is_settled
+        if _rewrite(url, versions[url], set(_names(keep))):
+            dropped.append(entry["counts"])
+    stays = Published(table.filter(is_newest), files)
+    return stays, sum(dropped), len(dropped) == len(stale_rows)
 
 
 def _is_newest(table: pa.Table) -> pa.Array:
@@ -338,9 +336,10 @@ def _is_newest(table: pa.Table) -> pa.Array:
     return pa.array(is_newest)
 
 
-def _names(table: pa.Table) -> set[tuple[str, str]]:
+def _names(table: pa.Table) -> list[tuple[str, str]]:
     """Id and URI of each row."""
-    return set(zip(*(table[c].to_pylist() for c in ("recording_id", "uri")), strict=True))
+    ids, uris = (table[c].to_pylist() for c in ("recording_id", "uri"))
+    return list(zip(ids, uris, strict=True))
 
 
 def _rewrite(url: str, version: str, keep: set[tuple[str, str]]) -> bool:
@@ -350,8 +349,7 @@ def _rewrite(url: str, version: str, keep: set[tuple[str, str]]) -> bool:
     table = _read_if_there(url)
     if table is None:
         return False
-    pairs = zip(*(table[c].to_pylist() for c in ("recording_id", "uri")), strict=True)
-    mask = pa.array([pair in keep for pair in pairs], pa.bool_())
+    mask = pa.array([name in keep for name in _names(table)], pa.bool_())
     return storage.put_if(url, _table_bytes(table.filter(mask)), version) is not None
 
 

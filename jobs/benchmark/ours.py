@@ -22,7 +22,9 @@ from transcribe.engines.load import load_engine
 from transcribe.pipeline import Job
 from transcribe.shards import plan_shards
 
-_SHARDS_PER_WORKER = 4  # as a large archive has many: else the last shard tells the time
+# As a large archive has many: with fewer the last shard tells the time, with more hardly any
+# windows are decoded together.
+_SHARDS_PER_WORKER = 4
 _MIN_SHARD_MINUTES = 0.25
 _MAX_SHARD_MINUTES = 10.0
 

@@ -162,9 +162,9 @@ class _Heard:
 
     def take(self, windows: Sequence[int]) -> None:
         """Become these windows by index, in this order."""
-        for stores in (self.keys, self.values):
-            for layer, store in enumerate(stores):
-                stores[layer] = _taken(store, torch.tensor(windows), store.shape[2])
+        rows, n_keys = torch.tensor(windows), len(self.weight)
+        self.keys = [_taken(k, rows, n_keys) for k in self.keys]
+        self.values = [_taken(v, rows, n_keys) for v in self.values]
 
 
 @dataclass(slots=True)
